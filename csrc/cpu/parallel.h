@@ -1,0 +1,25 @@
+// The one OpenMP region of the package.
+#pragma once
+
+#include <omp.h>
+
+#include "../math/common.h"
+
+namespace jops::JOPS_ISA {
+
+template <class Body>
+inline void parallel(std::int64_t tasks, int threads, const Body& body) {
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads <= 1 || omp_in_parallel()) {  // a forked child hangs at a region of two threads
+    for (std::int64_t task = 0; task < tasks; ++task) body(task);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const std::int64_t team = omp_get_num_threads(), rank = omp_get_thread_num();
+    const std::int64_t end = tasks * (rank + 1) / team;
+    for (std::int64_t task = tasks * rank / team; task < end; ++task) body(task);
+  }
+}
+
+}  // namespace jops::JOPS_ISA

@@ -1,0 +1,115 @@
+// The interface of the core: plain structs and one table of functions. No framework is known here.
+// Every kernel writes into memory that the caller allocated; all tensors of a call share a dtype.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jops {
+
+enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
+
+constexpr std::int64_t size_of(Dtype d) {
+  return d == Dtype::kFloat64 ? 8 : d == Dtype::kFloat32 ? 4 : 2;
+}
+
+// Contiguous elements. An absent optional argument has size -1.
+struct Buffer {
+  void* data = nullptr;
+  std::int64_t size = -1;
+  Dtype dtype = Dtype::kFloat32;
+  bool given() const { return size >= 0; }
+};
+
+// batch x rows x cols, strides in elements and not negative; `extent` elements are reachable from data.
+struct Matrix {
+  void* data = nullptr;
+  std::int64_t extent = -1;
+  Dtype dtype = Dtype::kFloat32;
+  std::int64_t batch = 0, rows = 0, cols = 0;
+  std::int64_t batch_stride = 0, row_stride = 0, col_stride = 0;
+  bool given() const { return extent >= 0; }
+};
+
+// The names and parameters a, b, c are listed in activation_names() and math/activations.h.
+enum class Activation : int {
+  kIdentity, kRelu, kLeakyRelu, kElu, kHardtanh, kSigmoid, kTanh, kGelu, kGeluTanh, kSilu,
+  kSoftplus, kMish, kHardswish, kHardsigmoid, kLogsigmoid, kSigmoidY, kTanhY, kEluY, kCount
+};
+struct Act {
+  Activation code = Activation::kIdentity;
+  double a = 0, b = 0, c = 0;
+};
+
+// Dropout multipliers m in {0, 1/(1-p)}: sample s of `batch` has the Philox key seeds[s], and its elements are
+// numbered row-major from 0. Without seeds (p == 0, or None) there is no dropout.
+struct Mask {
+  double p = 0;
+  const std::int64_t* seeds = nullptr;
+  std::int64_t batch = 0;
+  bool given() const { return batch > 0; }
+};
+
+// A contiguous (outer, n, inner) buffer; softmax over n of scale * x.
+struct Rows {
+  std::int64_t outer = 0, n = 0, inner = 0;
+  double scale = 1;
+};
+
+// How to run: the number of threads here (a stream, on a device).
+struct Exec {
+  int threads = 1;
+};
+
+// One instruction set's kernels. The formulas stand beside the implementations in cpu/.
+struct Kernels {
+  void (*activation)(const Act&, const Buffer& x, const Buffer& y, const Mask&, const Exec&);
+  void (*activation_vjp)(const Act&, int order, const Buffer& x, const Buffer& gy, const Buffer& gx,
+                         const Mask&, const Exec&);
+  void (*activation_jvp)(const Act&, const Buffer& x, const Buffer& tx, const Buffer& y,
+                         const Buffer& ty, const Mask&, const Exec&);
+  void (*activation_vjp_vjp)(const Act&, int order, const Buffer& x, const Buffer& gy,
+                             const Buffer& h, const Buffer& hx, const Buffer& hgy, const Mask&,
+                             const Exec&);
+  void (*activation_vjp_jvp)(const Act&, int order, const Buffer& x, const Buffer& gy,
+                             const Buffer& tx, const Buffer& tgy, const Buffer& gx,
+                             const Buffer& tgx, const Mask&, const Exec&);
+
+  void (*dropout)(const Buffer& x, const Buffer& y, const Mask&, const Exec&);
+  void (*dropout_add)(const Buffer& x, const Buffer& residual, const Buffer& y, const Mask&,
+                      const Exec&);
+
+  void (*softmax)(const Rows&, const Buffer& x, const Buffer& y, const Exec&);
+  void (*softmax_vjp)(const Rows&, const Buffer& y, const Buffer& gy, const Buffer& gx,
+                      const Exec&);
+  void (*softmax_jvp)(const Rows&, const Buffer& x, const Buffer& tx, const Buffer& y,
+                      const Buffer& ty, const Exec&);
+  void (*softmax_vjp_vjp)(const Rows&, const Buffer& y, const Buffer& gy, const Buffer& h,
+                          const Buffer& hy, const Buffer& hgy, const Exec&);
+  void (*softmax_vjp_jvp)(const Rows&, const Buffer& y, const Buffer& gy, const Buffer& ty,
+                          const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec&);
+  void (*log_softmax)(const Rows&, const Buffer& x, const Buffer& y, const Exec&);
+  void (*log_softmax_vjp)(const Rows&, const Buffer& y, const Buffer& gy, const Buffer& gx,
+                          const Exec&);
+  void (*log_softmax_tangent)(const Rows&, const Buffer& y, const Buffer& tx, const Buffer& ty,
+                              const Exec&);
+  void (*log_softmax_jvp)(const Rows&, const Buffer& x, const Buffer& tx, const Buffer& y,
+                          const Buffer& ty, const Exec&);
+  void (*log_softmax_vjp_vjp)(const Rows&, const Buffer& y, const Buffer& gy, const Buffer& h,
+                              const Buffer& hy, const Buffer& hgy, const Exec&);
+  void (*log_softmax_vjp_jvp)(const Rows&, const Buffer& y, const Buffer& gy, const Buffer& ty,
+                              const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec&);
+  void (*softmax_dropout)(const Rows&, const Buffer& x, const Buffer& y, const Mask&, const Exec&);
+  void (*softmax_dropout_vjp)(const Rows&, const Buffer& x, const Buffer& gy, const Buffer& gx,
+                              const Mask&, const Exec&);
+  void (*softmax_dropout_jvp)(const Rows&, const Buffer& x, const Buffer& tx, const Buffer& y,
+                              const Buffer& ty, const Mask&, const Exec&);
+
+  void (*linear)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
+                 bool accumulate, const Exec&);
+  void (*linear_act_dropout)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
+                             const Matrix& z, const Act&, const Mask&, const Exec&);
+  void (*column_sum)(const Matrix& x, const Buffer& y, const Exec&);
+};
+
+}  // namespace jops

@@ -1,0 +1,62 @@
+// Words that every formula header uses. All of csrc/math is compiled once per instruction set, so it
+// lives in the namespace jops::<isa>: without it the linker would merge inline functions that were
+// compiled for different machines, and the baseline might run AVX-512 code.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#ifndef JOPS_ISA  // set by the build: baseline, avx2, avx512, avx512bf16, neon
+#define JOPS_ISA baseline
+#endif
+
+#ifdef __CUDACC__
+#define JOPS_HD __host__ __device__ __forceinline__
+#else
+#define JOPS_HD inline __attribute__((always_inline))
+#endif
+
+namespace jops::JOPS_ISA {
+
+template <class T>
+using IntOf = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+
+// The scalar type of a scalar or of a vector (specialised in simd.h).
+template <class A>
+struct ScalarOf {
+  using type = A;
+};
+template <class A>
+using Scalar = typename ScalarOf<A>::type;
+
+// Primitives, scalar forms. simd.h overloads each one for vectors; formulas use no others.
+
+template <class T>
+JOPS_HD T select(bool c, T a, T b) {
+  return c ? a : b;
+}
+// As maxps and minps: the second operand if either is NaN.
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T>>>
+JOPS_HD T max(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T>>>
+JOPS_HD T min(T a, T b) {
+  return a < b ? a : b;
+}
+JOPS_HD float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+JOPS_HD double fma(double a, double b, double c) { return ::fma(a, b, c); }
+JOPS_HD float abs(float a) { return ::fabsf(a); }
+JOPS_HD double abs(double a) { return ::fabs(a); }
+JOPS_HD float copysign(float a, float b) { return ::copysignf(a, b); }
+JOPS_HD double copysign(double a, double b) { return ::copysign(a, b); }
+JOPS_HD float round_even(float a) { return ::rintf(a); }
+JOPS_HD double round_even(double a) { return ::rint(a); }
+// a * 2^n for an integral n.
+JOPS_HD float scale2(float a, float n) { return ::ldexpf(a, static_cast<int>(n)); }
+JOPS_HD double scale2(double a, double n) { return ::ldexp(a, static_cast<int>(n)); }
+
+}  // namespace jops::JOPS_ISA

@@ -1,0 +1,369 @@
+// The vector type: Vec<float> and Vec<double>, as wide as the instruction set's registers, over
+// GCC/Clang vector extensions. Intrinsics appear only where the extensions cannot say what is meant.
+//
+// Storage types are float, double, Bf16 and F16; load() and store() convert (16-bit types to and from
+// Vec<float>, rounding to nearest even, NaN kept). Compiled with -ffp-contract=off, so that an element's
+// bits do not depend on its place in an array: a fused multiply-add is written fma().
+#pragma once
+
+#include "common.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#include <utility>
+
+namespace jops::JOPS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct Bf16 {
+  std::uint16_t bits;
+};
+struct F16 {
+  std::uint16_t bits;
+};
+
+// The type in which a storage type is computed.
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The compilers' own vector types (GCC drops the attribute when it overloads on a dependent one).
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float Real __attribute__((vector_size(kVectorBytes)));
+  typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Lanes<double> {
+  typedef double Real __attribute__((vector_size(kVectorBytes)));
+  typedef std::int64_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+
+// Lane-wise truth: the result of a comparison.
+template <class T>
+struct Bool {
+  using Native = typename Lanes<T>::Bits;
+  Native v;
+  JOPS_HD friend Bool operator&(Bool a, Bool b) { return {a.v & b.v}; }
+  JOPS_HD friend Bool operator|(Bool a, Bool b) { return {a.v | b.v}; }
+  JOPS_HD friend Bool operator!(Bool a) { return {~a.v}; }
+};
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = kVectorBytes / sizeof(T);
+  using Native = typename Lanes<T>::Real;
+  using Bits = typename Lanes<T>::Bits;
+  Native v;
+
+  Vec() = default;
+  JOPS_HD Vec(Native native) : v(native) {}
+  // Broadcast; `- 0` rather than `+ 0` keeps the sign of -0.
+  JOPS_HD Vec(T scalar) : v(scalar - Native{}) {}
+  template <class S, class = std::enable_if_t<std::is_arithmetic_v<S> && !std::is_same_v<S, T>>>
+  JOPS_HD Vec(S scalar) : Vec(static_cast<T>(scalar)) {}
+
+  JOPS_HD T operator[](int i) const { return v[i]; }
+  JOPS_HD Vec operator-() const { return -v; }
+  JOPS_HD friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  JOPS_HD friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  JOPS_HD friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  JOPS_HD friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+  JOPS_HD Vec& operator+=(Vec b) { return *this = *this + b; }
+  JOPS_HD Vec& operator-=(Vec b) { return *this = *this - b; }
+  JOPS_HD Vec& operator*=(Vec b) { return *this = *this * b; }
+  JOPS_HD friend Bool<T> operator<(Vec a, Vec b) { return {a.v < b.v}; }
+  JOPS_HD friend Bool<T> operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
+  JOPS_HD friend Bool<T> operator>(Vec a, Vec b) { return {a.v > b.v}; }
+  JOPS_HD friend Bool<T> operator>=(Vec a, Vec b) { return {a.v >= b.v}; }
+  JOPS_HD friend Bool<T> operator==(Vec a, Vec b) { return {a.v == b.v}; }
+  JOPS_HD friend Bool<T> operator!=(Vec a, Vec b) { return {a.v != b.v}; }
+};
+
+template <class T>
+struct ScalarOf<Vec<T>> {
+  using type = T;
+};
+
+template <class T>
+JOPS_HD typename Vec<T>::Bits bits(Vec<T> a) {
+  return reinterpret_cast<typename Vec<T>::Bits>(a.v);
+}
+template <class T>
+JOPS_HD Vec<T> from_bits(typename Vec<T>::Bits b) {
+  return reinterpret_cast<typename Vec<T>::Native>(b);
+}
+
+template <class T>
+JOPS_HD Vec<T> select(Bool<T> c, Vec<T> a, Vec<T> b) {
+  return c.v ? a.v : b.v;
+}
+template <class T>
+JOPS_HD Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a.v > b.v ? a.v : b.v;
+}
+template <class T>
+JOPS_HD Vec<T> min(Vec<T> a, Vec<T> b) {
+  return a.v < b.v ? a.v : b.v;
+}
+template <class T>
+JOPS_HD Vec<T> abs(Vec<T> a) {
+  return from_bits<T>(bits(a) & std::numeric_limits<IntOf<T>>::max());
+}
+template <class T>
+JOPS_HD Vec<T> copysign(Vec<T> a, Vec<T> b) {
+  constexpr IntOf<T> kMagnitude = std::numeric_limits<IntOf<T>>::max();
+  return from_bits<T>((bits(a) & kMagnitude) | (bits(b) & ~kMagnitude));
+}
+
+template <class T>
+JOPS_HD Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  [[maybe_unused]] constexpr bool kFloat = std::is_same_v<T, float>;
+#if defined(__AVX512F__)
+  if constexpr (kFloat) return _mm512_fmadd_ps(a.v, b.v, c.v);
+  if constexpr (!kFloat) return _mm512_fmadd_pd(a.v, b.v, c.v);
+#elif defined(__FMA__)
+  if constexpr (kFloat) return _mm256_fmadd_ps(a.v, b.v, c.v);
+  if constexpr (!kFloat) return _mm256_fmadd_pd(a.v, b.v, c.v);
+#elif defined(__aarch64__)
+  if constexpr (kFloat) return vfmaq_f32(c.v, a.v, b.v);
+  if constexpr (!kFloat) return vfmaq_f64(c.v, a.v, b.v);
+#else
+  return a * b + c;
+#endif
+}
+// Mixed scalar and vector arguments.
+template <class T, class B, class C>
+JOPS_HD Vec<T> fma(Vec<T> a, B b, C c) {
+  return fma(a, Vec<T>(b), Vec<T>(c));
+}
+
+// Nearest integer, ties to even; |a| < 2^(mantissa bits - 1).
+template <class T>
+JOPS_HD Vec<T> round_even(Vec<T> a) {
+  const Vec<T> magic(T(1.5) / std::numeric_limits<T>::epsilon());
+  return (a + magic) - magic;
+}
+
+// 2^n for an integral n in the normal exponent range.
+template <class T>
+JOPS_HD Vec<T> exp2i(Vec<T> n) {
+  constexpr int kMantissa = std::numeric_limits<T>::digits - 1;
+  // n + (1.5 * 2^mantissa + bias) has n + bias in its low bits; the shift drops the rest.
+  constexpr T kMagic = T(1.5) / std::numeric_limits<T>::epsilon() + (std::numeric_limits<T>::max_exponent - 1);
+  return from_bits<T>(bits(n + Vec<T>(kMagic)) << kMantissa);
+}
+
+// a * 2^n for an integral n, |n| at most twice the exponent range: overflow and gradual underflow are right.
+template <class T>
+JOPS_HD Vec<T> scale2(Vec<T> a, Vec<T> n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_scalef_ps(a.v, n.v);
+  if constexpr (!std::is_same_v<T, float>) return _mm512_scalef_pd(a.v, n.v);
+#else
+  const Vec<T> half = round_even(n * Vec<T>(0.5));
+  return a * exp2i(half) * exp2i(n - half);
+#endif
+}
+
+template <class T>
+JOPS_HD bool any(Bool<T> c) {
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(reinterpret_cast<__m512i>(c.v)) != 0;
+  if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask(reinterpret_cast<__m512i>(c.v)) != 0;
+#else
+  std::uint64_t w[kVectorBytes / 8], r = 0;
+  std::memcpy(w, &c.v, kVectorBytes);
+  for (std::uint64_t x : w) r |= x;
+  return r != 0;
+#endif
+}
+
+// Reductions, by halves: a fixed order of additions.
+namespace detail {
+template <class T, int N, class Op>
+struct Halves {
+  typedef T Whole __attribute__((vector_size(N * sizeof(T))));
+  typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
+  template <int... I>
+  static JOPS_HD T reduce(Whole a, std::integer_sequence<int, I...>) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    const Half low = __builtin_shufflevector(a, a, I...);
+    const Half high = __builtin_shufflevector(a, a, (I + N / 2)...);
+#else
+    Half parts[2];
+    std::memcpy(parts, &a, sizeof(a));
+    const Half low = parts[0], high = parts[1];
+#endif
+    return Halves<T, N / 2, Op>::run(Op::apply(low, high));
+  }
+  static JOPS_HD T run(Whole a) { return reduce(a, std::make_integer_sequence<int, N / 2>()); }
+};
+template <class T, class Op>
+struct Halves<T, 2, Op> {
+  typedef T Whole __attribute__((vector_size(2 * sizeof(T))));
+  static JOPS_HD T run(Whole a) { return Op::apply(a[0], a[1]); }
+};
+struct Add {
+  template <class V>
+  static JOPS_HD V apply(V a, V b) {
+    return a + b;
+  }
+};
+struct Max {
+  template <class V>
+  static JOPS_HD V apply(V a, V b) {
+    return a > b ? a : b;
+  }
+};
+}  // namespace detail
+
+template <class T>
+JOPS_HD T sum(Vec<T> a) {
+  return detail::Halves<T, Vec<T>::kLanes, detail::Add>::run(a.v);
+}
+// A NaN in a lane may or may not come out.
+template <class T>
+JOPS_HD T max_lane(Vec<T> a) {
+  return detail::Halves<T, Vec<T>::kLanes, detail::Max>::run(a.v);
+}
+
+// 16-bit conversions on the bits: used by every instruction set for bf16, by the baseline for fp16.
+namespace detail {
+constexpr int kFloats = kVectorBytes / 4;
+typedef std::uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+typedef std::uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
+using V32 = Vec<float>;
+
+JOPS_HD U32 word(V32 a) { return reinterpret_cast<U32>(a.v); }
+JOPS_HD V32 real(U32 a) { return reinterpret_cast<V32::Native>(a); }
+
+// Adding 0x7fff plus the lowest kept bit rounds to nearest even; NaN bypasses it, as it could wrap.
+JOPS_HD U16 to_bf16(V32 a) {
+  const U32 u = word(a);
+  const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(a.v == a.v ? rounded : (u >> 16) | 0x40u, U16);
+}
+JOPS_HD V32 from_bf16(U16 h) { return real(__builtin_convertvector(h, U32) << 16); }
+
+#if !defined(__F16C__) && !defined(__AVX512F__) && !defined(__aarch64__)
+JOPS_HD V32 from_f16(U16 h) {
+  const U32 u = __builtin_convertvector(h, U32);
+  const U32 magnitude = u & 0x7fffu;
+  typedef std::int32_t I32 __attribute__((vector_size(kVectorBytes)));
+  const V32 tiny = V32(__builtin_convertvector(reinterpret_cast<I32>(magnitude), V32::Native)) * V32(0x1p-24f);
+  const U32 normal = (magnitude << 13) + (112u << 23);
+  const U32 special = normal + (112u << 23);
+  U32 r = magnitude >= 0x7c00u ? special : normal;
+  r = magnitude < 0x400u ? word(tiny) : r;
+  return real(r | ((u & 0x8000u) << 16));
+}
+JOPS_HD U16 to_f16(V32 a) {
+  const U32 u = word(a);
+  const U32 magnitude = u & 0x7fffffffu;
+  // Below 2^-14 the sum with 0.5 has the half's denormal mantissa, rounded, in its low bits.
+  const U32 tiny = word(real(magnitude) + V32(0.5f)) - word(V32(0.5f));
+  const U32 normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  U32 r = magnitude < (113u << 23) ? tiny : normal;
+  r = magnitude >= 0x477ff000u ? (U32{} + 0x7c00u) : r;  // 65520 and above round to infinity
+  r = magnitude > 0x7f800000u ? (U32{} + 0x7e00u) : r;
+  return __builtin_convertvector(r | ((u >> 16) & 0x8000u), U16);
+}
+#endif
+}  // namespace detail
+
+// One full vector from, or to, any storage type; no alignment needed.
+template <class T>
+JOPS_HD Vec<Compute<T>> load(const T* p) {
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+    Vec<T> r;
+    std::memcpy(&r.v, p, kVectorBytes);
+    return r;
+  } else {
+    detail::U16 h;
+    std::memcpy(&h, p, sizeof(h));
+    if constexpr (std::is_same_v<T, Bf16>) return detail::from_bf16(h);
+#if defined(__AVX512F__)
+    else return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
+#elif defined(__F16C__)
+    else return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h));
+#elif defined(__aarch64__)
+    else return vcvt_f32_f16(reinterpret_cast<float16x4_t>(h));
+#else
+    else return detail::from_f16(h);
+#endif
+  }
+}
+
+template <class T>
+JOPS_HD void store(T* p, Vec<Compute<T>> a) {
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+    std::memcpy(p, &a.v, kVectorBytes);
+  } else {
+    detail::U16 h;
+    if constexpr (std::is_same_v<T, Bf16>) h = detail::to_bf16(a);
+#if defined(__AVX512F__)
+    else h = reinterpret_cast<detail::U16>(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+    else h = reinterpret_cast<detail::U16>(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    else h = reinterpret_cast<detail::U16>(vcvt_f16_f32(a.v));
+#else
+    else h = detail::to_f16(a);
+#endif
+    std::memcpy(p, &h, sizeof(h));
+  }
+}
+
+// The first n lanes, 0 <= n < kLanes; the others are `fill`. Goes through a buffer: for tails.
+template <class T>
+JOPS_HD Vec<Compute<T>> load_n(const T* p, int n, Compute<T> fill = 0) {
+  using A = Compute<T>;
+  constexpr int kLanes = Vec<A>::kLanes;
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  const Vec<A> r = load(buffer);
+  if (fill == 0) return r;
+  A lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<A>(i);
+  return select(load(lane) < Vec<A>(static_cast<A>(n)), r, Vec<A>(fill));
+}
+template <class T>
+JOPS_HD void store_n(T* p, Vec<Compute<T>> a, int n) {
+  T buffer[Vec<Compute<T>>::kLanes];
+  store(buffer, a);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// A store past the caches; p is aligned to kVectorBytes. stream_fence() ends a run of them.
+template <class T>
+JOPS_HD void stream(T* p, Vec<T> a) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(a.v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(a.v));
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(a.v));
+#else
+  store(p, a);
+#endif
+}
+JOPS_HD void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+JOPS_HD void prefetch(const void* p) { __builtin_prefetch(p); }
+
+}  // namespace jops::JOPS_ISA
