@@ -1,0 +1,22 @@
+"""Hand-written, fused Jacobian products of neural network layers: VJP, JVP and their derivatives.
+
+``jacobian_ops.functional`` and ``jacobian_ops.nn`` are drop-ins for torch.nn.functional and
+torch.nn, ``jacobian_ops.kernels`` are the raw products without autograd, and
+``jacobian_ops.replace`` swaps the layers of a model in place.
+"""
+
+import torch  # noqa: F401  first: the native module shares the OpenMP runtime that torch loads
+
+from . import functional, kernels, nn
+from .info import __version__, build_info
+from .replace import replace, restore
+
+__all__ = [
+    "__version__",
+    "build_info",
+    "functional",
+    "kernels",
+    "nn",
+    "replace",
+    "restore",
+]

@@ -1,0 +1,69 @@
+"""The native modules, and how tensors are described to them.
+
+A backend is a module with the interface of ``csrc/bindings.cpp``.  It takes addresses, sizes and
+strides; every description carries the extent of its memory, so that native code can check again.
+Callers keep the tensors alive until the kernel has returned.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch  # before _cpu: both then share the one OpenMP runtime that torch loads
+from torch import Tensor
+
+from . import _cpu
+
+BACKENDS = {"cpu": _cpu}
+DTYPES = {getattr(torch, name): code for name, code in _cpu.dtypes().items()}
+ACTIVATION_CODES = _cpu.activations()
+
+
+def for_device(op: str, argument: str, device: torch.device):
+    """The backend of ``device``; a device that nothing was built for raises."""
+    backend = BACKENDS.get(device.type)
+    if backend is None:
+        raise NotImplementedError(
+            f"{op}: {argument} is on device {device}; this build of jacobian_ops has kernels for "
+            f"{', '.join(BACKENDS)}"
+        )
+    return backend
+
+
+def buffer(t: Tensor):
+    """A dense tensor as (address, elements, dtype code)."""
+    return t.data_ptr(), t.numel(), DTYPES[t.dtype]
+
+
+def matrix(t: Tensor):
+    """A tensor (rows, cols) or (batch, rows, cols) of any strides, with its reachable extent."""
+    shape, stride = t.shape, t.stride()
+    if len(shape) == 2:
+        shape, stride = (1, *shape), (0, *stride)
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if t.numel() else 0
+    return t.data_ptr(), extent, DTYPES[t.dtype], *shape, *stride
+
+
+def mask(seed: Tensor | None, p: float):
+    """A dropout mask as (p, address of the seeds, number of seeds), one seed a sample."""
+    return None if seed is None else (p, seed.data_ptr(), seed.numel())
+
+
+_forked = False
+
+
+def threads() -> int:
+    """Threads for the next kernel: torch's setting, but one in a forked child.
+
+    GNU OpenMP's pool does not survive fork: a child would wait forever at its first region.
+    """
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _after_fork():
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

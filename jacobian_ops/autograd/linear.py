@@ -1,0 +1,186 @@
+"""Rules of linear and of its fusion with activation and dropout.
+
+Linear saves ``x`` and ``W``.  Its VJP and JVP are linear maps again with other strides, so the op
+is closed under differentiation.  linear_act_dropout saves ``x``, ``W``, the seed and what its
+activation's derivative needs: ``z = x W^T + b``, or ``y``.
+
+Tensors are ``x (*batch, M, K)``, ``weight (*batch, N, K)``, ``bias (*batch, N)``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import kernels
+from ..kernels._arguments import linear_result
+from .activation import activation_jvp, activation_vjp, from_output
+from .rule import Rule, define, front
+
+
+def _add(*terms):
+    """Sum of the terms that are there, or None."""
+    terms = [t for t in terms if t is not None]
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def _product(x, weight):
+    """``x W^T``, or None when either is absent."""
+    return None if x is None or weight is None else linear(x, weight, None)
+
+
+def _tangent(x, weight, tx, tweight, tbias):
+    """``tx W^T + x tW^T + tb`` of the tangents that are there."""
+    along_x = None if tx is None else linear(tx, weight, tbias)
+    along_weight = None
+    if tweight is not None:
+        along_weight = linear(x, tweight, tbias if tx is None else None)
+    if tx is None and tweight is None and tbias is not None:
+        return tbias.unsqueeze(-2).expand(*x.shape[:-1], tbias.shape[-1]).clone()
+    return _add(along_x, along_weight)
+
+
+class Linear(Rule):
+    """y = x W^T + b."""
+
+    schema = "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+
+    def kernel(x, weight, bias):
+        return kernels.linear(x, weight, bias)
+
+    def fake(x, weight, bias):
+        return linear_result(x, weight)
+
+    def save(args, y):
+        return args[:2]
+
+    def vjp(saved, consts, needs, gy):
+        x, weight = saved
+        return (
+            linear(gy, weight.mT, None) if needs[0] else None,
+            linear(gy.mT, x.mT, None) if needs[1] else None,
+            column_sum(gy) if needs[2] else None,
+        )
+
+    def jvp(primals, y, tangents):
+        return _tangent(*primals[:2], *tangents)
+
+    def dual(primals, tangents):
+        return linear_jvp(*primals, *tangents)
+
+    @classmethod
+    def vmap(cls, info, dims, x, weight, bias):
+        if dims[0] is not None and dims[1] is None and dims[2] is None and weight.dim() == 2:
+            # One weight for all: the batch joins the rows.
+            x = x.movedim(dims[0], 0)
+            y = linear(x.flatten(0, 1), weight, bias)
+            return y.unflatten(0, x.shape[:2]), 0
+        return super().vmap(info, dims, x, weight, bias)
+
+
+class LinearJvp(Rule):
+    """y = x W^T + b and its tangent; absent tangents cost nothing."""
+
+    schema = (
+        "linear_jvp(Tensor x, Tensor weight, Tensor? bias, Tensor? tx, Tensor? tweight,"
+        " Tensor? tbias) -> (Tensor, Tensor)"
+    )
+    kernel = kernels.linear_jvp
+
+    def fake(x, weight, *_):
+        return linear_result(x, weight), linear_result(x, weight)
+
+    def save(args, out):
+        x, weight, _, tx, tweight, _ = args
+        return x, weight, tx, tweight
+
+    def vjp(saved, consts, needs, gy, gty):
+        x, weight, tx, tweight = saved
+        gyT = None if gy is None else gy.mT
+        gtyT = None if gty is None else gty.mT
+        weightT, tweightT = weight.mT, None if tweight is None else tweight.mT
+        xT, txT = x.mT, None if tx is None else tx.mT
+        return (
+            _add(_product(gy, weightT), _product(gty, tweightT)) if needs[0] else None,
+            _add(_product(gyT, xT), _product(gtyT, txT)) if needs[1] else None,
+            column_sum(gy) if needs[2] and gy is not None else None,
+            _product(gty, weightT) if needs[3] else None,
+            _product(gtyT, xT) if needs[4] else None,
+            column_sum(gty) if needs[5] and gty is not None else None,
+        )
+
+    def jvp(primals, out, tangents):
+        x, weight, _, tx, tweight, _ = primals
+        dx, dweight, dbias, dtx, dtweight, dtbias = tangents
+        dy = _tangent(x, weight, dx, dweight, dbias)
+        mixed = _add(_product(tx, dweight), _product(dx, tweight))
+        return dy, _add(_tangent(x, weight, dtx, dtweight, dtbias), mixed)
+
+    def dual(primals, tangents):
+        return linear_jvp(*primals), LinearJvp.jvp(primals, None, tangents)
+
+
+class ColumnSum(Rule):
+    """Sums over rows, the bias gradient: (*batch, M, N) -> (*batch, N)."""
+
+    schema = "column_sum(Tensor x) -> Tensor"
+    kernel = kernels.column_sum
+
+    def fake(x):
+        return x.new_empty((*x.shape[:-2], x.shape[-1]))
+
+    def composite(x):
+        return x.sum(-2)
+
+
+class LinearActDropout(Rule):
+    """y = m * f(z) and z = x W^T + b, which is empty unless kept for the derivative."""
+
+    schema = (
+        "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor? seed, str f,"
+        " float[] params, float p, bool keep_z) -> (Tensor, Tensor)"
+    )
+
+    def kernel(x, weight, bias, seed, f, params, p, keep_z):
+        act = kernels.Activation(f, tuple(params))
+        y, z = kernels.linear_act_dropout(x, weight, bias, act, p, seed, keep_z=keep_z)
+        return y, x.new_empty(0) if z is None else z
+
+    def fake(x, weight, bias, seed, f, params, p, keep_z):
+        return linear_result(x, weight), linear_result(x, weight) if keep_z else x.new_empty(0)
+
+    def save(args, out):
+        x, weight, _, seed, f, params, p, _ = args
+        return x, weight, out[0] if from_output(f, params, p) else out[1], seed
+
+    def vjp(saved, consts, needs, gy, gz):
+        (x, weight, s, seed), (f, params, p, keep_z) = saved, consts
+        if gy is not None:
+            gy = activation_vjp(s, gy, seed, from_output(f, params, p) or f, params, p, 1)
+        gz = _add(gy, gz if keep_z else None)
+        if gz is None:
+            return (None,) * 4
+        return *Linear.vjp((x, weight), (), needs, gz), None
+
+    def jvp(primals, out, tangents):
+        x, weight, _, seed, f, params, p, keep_z = primals
+        tz = _tangent(x, weight, *tangents[:3])
+        form = from_output(f, params, p)
+        ty = activation_vjp(out[0] if form else out[1], tz, seed, form or f, params, p, 1)
+        return ty, tz if keep_z else torch.zeros_like(out[1])
+
+    def dual(primals, tangents):
+        x, weight, bias, seed, f, params, p, keep_z = primals
+        z, tz = linear_jvp(x, weight, bias, *tangents[:3])
+        y, ty = activation_jvp(z, tz, seed, f, params, p)
+        return ((y, z), (ty, tz)) if keep_z else ((y, x.new_empty(0)), (ty, None))
+
+    @classmethod
+    def vmap(cls, info, dims, *args):
+        y, z = cls.op(*front(info, dims, args))
+        return (y, z), (0, 0 if args[-1] else None)
+
+
+linear = define(Linear)
+linear_jvp = define(LinearJvp)
+column_sum = define(ColumnSum)
+linear_act_dropout = define(LinearActDropout)

@@ -1,0 +1,296 @@
+"""One differentiable op from one rule.
+
+A rule is a class that says what an op computes, what is saved for its derivative, its VJP, its JVP,
+how primal and tangent are computed together (``dual``) and how it is batched.  :func:`define` makes
+of it the three things that PyTorch needs, all driven by the same rule:
+
+* a dispatcher op ``torch.ops.jacobian_ops.<name>`` with the rule on its Autograd key.  Every
+  transform of ``torch.func``, forward AD and ``torch.compile`` sees one ordinary op;
+* a ``torch.autograd.Function`` (``<Name>Backward`` in a graph), entered directly when no transform
+  is active (the short way), and the fallback should the private names below be gone;
+* the bare kernel, when nothing is differentiated.
+
+A rule's functions call ops that are themselves differentiable, never kernels: a kernel call in a
+VJP would pass gradcheck and yet drop every second-order term without a word.
+
+Inside the Autograd kernel, at whatever level a transform has brought us to:
+
+1. an input requires grad: a single-level function with VJP and JVP.  The engine gives the saved
+   tensors their tangents, so they are not unpacked here (forward over reverse would go wrong);
+2. otherwise, if a tangent is there: unpack, call the two-output op, make a dual again;
+3. otherwise straight below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
+from torch.nn import Parameter
+
+_C = torch._C
+LIBRARY = torch.library.Library("jacobian_ops", "DEF")
+_CPU_KEYS = _C._dispatch_keys(torch.empty(0))
+_AUTOCAST_KEYS = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU) | _C.DispatchKeySet(
+    _C.DispatchKey.AutocastCUDA
+)
+
+
+class Rule:
+    """What an op is, stated once.
+
+    ``schema``'s tensor arguments come first; ``consts`` below is the tuple of the other arguments.
+    A subclass defines ``kernel`` and ``fake`` (same arguments as the op), ``vmap`` where the
+    default (batch dimension moved to the front of every tensor) does not fit, and either
+
+    * ``save(args, out) -> tensors``, ``vjp(saved, consts, needs, *gy) -> one gradient a tensor
+      argument``, ``jvp(primals, out, tangents) -> tangents of the outputs`` and
+      ``dual(primals, tangents) -> (out, tangents)``; absent tangents and cotangents are None; or
+    * ``composite(*args)``: the same value from differentiable ops, used instead as soon as a
+      derivative is asked for.  That ends the chain of derivatives of derivatives.
+    """
+
+    schema: str
+    composite: Callable | None = None
+
+    @classmethod
+    def vmap(cls, info, dims, *args):
+        """Every tensor with its batch dimension first; an unbatched one is expanded."""
+        out = cls.op(*front(info, dims, args))
+        return out, (0,) * len(out) if isinstance(out, tuple) else 0
+
+
+def front(info, dims, args):
+    """``args`` with the batch dimension of every tensor moved to the front, or made there."""
+    return tuple(
+        a
+        if not isinstance(a, Tensor)
+        else a.expand(info.batch_size, *a.shape)
+        if d is None
+        else a.movedim(d, 0)
+        for a, d in zip(args, dims, strict=True)
+    )
+
+
+def plain(tensors) -> bool:
+    """True when no transform, mode, subclass or lazy view stands between us and the kernel."""
+    if (
+        _C._are_functorch_transforms_active()
+        or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for t in tensors:
+        if t is not None:
+            kind = type(t)
+            if (kind is not Tensor and kind is not Parameter) or not t.is_cpu:
+                return False
+            if _C._dispatch_keys(t) != _CPU_KEYS:
+                return False
+    return True
+
+
+def define(rule: type[Rule]) -> Callable:
+    """Register ``rule`` and return the callable that picks the way for each call."""
+    name = rule.schema.split("(")[0]
+    tensors = rule.schema.split("->")[0].count("Tensor")
+    LIBRARY.define(rule.schema)
+    op = getattr(torch.ops.jacobian_ops, name).default
+    LIBRARY.impl(name, rule.kernel, "CPU")
+    LIBRARY.impl(name, _autograd_kernel(rule, op, tensors), "Autograd")
+    torch.library.register_fake(f"jacobian_ops::{name}", rule.fake, lib=LIBRARY)
+    torch.library.register_vmap(f"jacobian_ops::{name}", lambda *a: rule.vmap(*a), lib=LIBRARY)
+    if rule.composite is None:
+        function = _function(rule, torch.autograd.Function, rule.kernel, tensors)
+        differentiable = super(torch.autograd.Function, function).apply  # plain: skips checks
+        transformable = function.apply
+    else:
+        function = None
+        differentiable = transformable = _composite(rule)
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return op(*args)
+        inputs = args[:tensors]
+        if not plain(inputs):
+            return op(*args) if _dispatcher_composes else transformable(*args)
+        if torch.is_grad_enabled() and _C._any_requires_grad(*inputs):
+            return differentiable(*args)
+        return rule.kernel(*args)
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = rule.__doc__
+    call.Function = function
+    rule.op, rule.tensors = staticmethod(call), tensors
+    return call
+
+
+def _function(rule, base, forward, tensors):
+    """The rule as a subclass of ``base``: torch.autograd.Function or its single-level kin."""
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.consts = inputs[tensors:]
+        ctx.save_for_backward(*rule.save(inputs, output))
+        # Held during this call only, and only for jvp.
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.save_for_forward(*inputs[:tensors], *outputs)
+
+    def backward(ctx, *gy):
+        gradients = (None,) * tensors
+        if any(g is not None for g in gy):
+            with _autocast_off():
+                gradients = rule.vjp(ctx.saved_tensors, ctx.consts, ctx.needs_input_grad, *gy)
+        return *gradients, *(None for _ in ctx.consts)
+
+    def jvp(ctx, *tangents):
+        saved = [None if s is None else _split(s)[0] for s in ctx.saved_tensors]
+        primals = (*saved[:tensors], *ctx.consts)
+        out = saved[tensors] if len(saved) == tensors + 1 else tuple(saved[tensors:])
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            _autocast_off(),
+        ):
+            return rule.jvp(primals, out, tangents[:tensors])
+
+    def vmap(info, dims, *args):
+        return rule.vmap(info, dims, *args)
+
+    methods = dict(
+        forward=forward,
+        setup_context=setup_context,
+        backward=backward,
+        jvp=jvp,
+        vmap=vmap,
+    )
+    body = {name: staticmethod(method) for name, method in methods.items()}
+    return type(rule.__name__, (base,), body | {"__doc__": rule.__doc__})
+
+
+def _autograd_kernel(rule, op, tensors):
+    def below(*args):
+        return _below(op, args)
+
+    if rule.composite is None:
+        apply = _function(rule, _SingleLevelFunction, below, tensors).apply
+
+        def differentiable(*args):
+            with enable_single_level_autograd_function():
+                return apply(*args)
+    else:
+        differentiable = _composite(rule)
+
+    def kernel(*args):
+        inputs = args[:tensors]
+        if torch.is_grad_enabled() and _C._any_requires_grad(*inputs):
+            return differentiable(*args)
+        if _C._is_fwd_grad_enabled():
+            pairs = [_split(a) for a in inputs]
+            tangents = tuple(t for _, t in pairs)
+            live = [t for t in tangents if t is not None]
+            if live:
+                if rule.composite is not None:
+                    return differentiable(*args)
+                primals = (*(p for p, _ in pairs), *args[tensors:])
+                with _autocast_off():
+                    if any(map(_batched_by_autograd, live)):
+                        # The primal must not become batched: two calls instead of a dual.
+                        y = op(*primals)
+                        return _join(y, rule.jvp(primals, y, tangents))
+                    return _join(*rule.dual(primals, tangents))
+        with _C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
+
+
+def _composite(rule):
+    def composite(*args):
+        with _autocast_off():
+            return rule.composite(*args)
+
+    return composite
+
+
+def _below(op, args):
+    """Run ``op`` under this level.  Outer torch.func levels, if any, must still record."""
+    if not _C._are_functorch_transforms_active():
+        with _C._AutoDispatchBelowAutograd():
+            return op(*args)
+    with (
+        torch.enable_grad(),
+        forward_ad._set_fwd_grad_enabled(True),
+        _C._AutoDispatchBelowAutograd(),
+    ):
+        return op(*args)
+
+
+def _batched_by_autograd(t):
+    """Whether ``t`` comes from the older vmap, which is_grads_batched and gradcheck use."""
+    return _C._functorch.is_legacy_batchedtensor(t)
+
+
+def _split(t):
+    """(primal, tangent or None) at this level.
+
+    Always asks: forward_ad._current_level is not set when a compiled graph is replayed.  The older
+    vmap has no rule for the view that unpacking makes.
+    """
+    if not isinstance(t, Tensor) or _batched_by_autograd(t):
+        return t, None
+    return torch._VF._unpack_dual(t, level=0)
+
+
+def _join(y, ty):
+    if isinstance(y, tuple):
+        return tuple(map(_join, y, ty))
+    return y if ty is None else torch._VF._make_dual(y, ty, level=0)
+
+
+def _autocast_off():
+    """The primitives in a rule keep the dtype of the op: a matmul there must not turn bf16."""
+    if _C._is_any_autocast_enabled():
+        return _C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
+    return contextlib.nullcontext()
+
+
+# Whether dispatcher ops may be used: they are, until the self-test finds otherwise.
+_dispatcher_composes = True
+
+
+def self_test(f: Callable, reference: Callable) -> None:
+    """Check that the private parts of torch used above still mean what they did.
+
+    If not, every op becomes its torch.autograd.Function: right under all eager transforms, while
+    torch.compile of a function that differentiates inside is then not available.
+
+    Args:
+        f: One of our ops, from (1, 3) tensors to the same.
+        reference: The same function made of native ops.
+    """
+    global _dispatcher_composes
+    x = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64)
+    t = torch.tensor([[1.0, 3.0, -2.0]], dtype=torch.float64)
+
+    def second(g):
+        return torch.func.grad(lambda z: (torch.func.jvp(g, (z,), (t,))[1] * t).sum())(x)
+
+    try:
+        ok = torch.allclose(second(f), second(reference))
+    except Exception:
+        ok = False
+    if not ok:
+        _dispatcher_composes = False
+        warnings.warn(
+            f"jacobian_ops: torch {torch.__version__} changed internals that dispatcher ops rely "
+            "on; falling back to torch.autograd.Function (eager only)",
+            stacklevel=2,
+        )

@@ -1,0 +1,558 @@
+"""Drop-in for torch.nn.functional, plus fused ops that torch lacks.
+
+Names, arguments, defaults, dtypes and errors are torch's.  Every op has VJP, JVP and their
+derivatives under every transform of torch.func, forward AD and torch.compile.  Sums run in float32
+or wider; bfloat16 and float16 results are rounded once.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function,
+    has_torch_function_unary,
+)
+
+from . import _backend
+from .autograd import activation as _activation
+from .autograd import dropout as _dropout
+from .autograd import linear as _linear
+from .autograd import softmax as _softmax
+from .autograd.rule import plain
+from .kernels import resolve
+from .kernels._arguments import ALLOWED_DTYPES, check_p, name_of, normalize_dim
+
+__all__ = [
+    "celu",
+    "dropout",
+    "dropout_add",
+    "elu",
+    "gelu",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "leaky_relu",
+    "linear",
+    "linear_act_dropout",
+    "log_softmax",
+    "logsigmoid",
+    "mish",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "softmax_dropout",
+    "softmin",
+    "softplus",
+    "tanh",
+]
+
+# Plain calls on fewer elements than this go to the native op, whose shorter way through C++ then
+# counts for more than the kernel.  0: never.
+NATIVE_BELOW = int(os.environ.get("JACOBIAN_OPS_NATIVE_BELOW", "4096"))
+
+
+def _tiny(*tensors: Tensor) -> bool:
+    """Whether a call should go to the native op: few elements and no transform in sight."""
+    return (
+        NATIVE_BELOW > 0
+        and not torch.compiler.is_compiling()
+        and all(t.numel() < NATIVE_BELOW for t in tensors)
+        and plain(tensors)
+    )
+
+
+def _ours(op: str, input: Tensor) -> bool:
+    """Whether there are kernels for ``input``; what native ops take as well is left to them."""
+    if input.dtype in _backend.DTYPES and input.is_cpu and input.layout is torch.strided:
+        return True
+    if not isinstance(input, Tensor):
+        raise TypeError(
+            f"{op}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}"
+        )
+    if input.dtype in _backend.DTYPES and input.layout is torch.strided:
+        if input.is_meta:
+            return True
+        _backend.for_device(op, "input", input.device)
+        return True
+    return False
+
+
+def _native(op: str, native, input: Tensor, *args, **kwargs):
+    """The native op for an input that we have no kernels for (integers, complex, sparse)."""
+    try:
+        return native(input, *args, **kwargs)
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise type(e)(
+            f"{op}: input has dtype {name_of(input.dtype)} and layout {input.layout}; allowed: "
+            f"strided {ALLOWED_DTYPES}, or what the native op takes ({e})"
+        ) from e
+
+
+def _pointwise(public, native, input, inplace=False, **params):
+    """The common way of all activations; ``params`` are those of torch.nn.functional."""
+    op = public.__name__
+    if not isinstance(input, Tensor):
+        _ours(op, input)
+    if has_torch_function_unary(input):
+        return handle_torch_function(public, (input,), input, **_given(inplace=inplace), **params)
+    f = resolve(op, op, **params)
+    if not _ours(op, input):
+        return _native(op, native, input, **_given(inplace=inplace), **params)
+    if _tiny(input):
+        return native(input, **_given(inplace=inplace), **params)
+    return _finish(input, _activation.activation(input, None, f.function, f.params, 0.0), inplace)
+
+
+def _given(**flags):
+    """The flags that are set: native ops without ``inplace`` have no such argument."""
+    return {k: v for k, v in flags.items() if v}
+
+
+def _finish(input, y, inplace):
+    return input.copy_(y) if inplace else y
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """``max(x, 0)``; derivative 0 at 0.  Keeps the result for the derivative."""
+    return _pointwise(relu, F.relu, input, inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """``x`` for x > 0, else ``negative_slope * x``.  Keeps the result for a positive slope."""
+    return _pointwise(leaky_relu, F.leaky_relu, input, inplace, negative_slope=negative_slope)
+
+
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """``x`` for x > 0, else ``alpha * expm1(x)``.  Clevert et al., arXiv:1511.07289."""
+    return _pointwise(elu, F.elu, input, inplace, alpha=alpha)
+
+
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    """ELU with the constants that keep mean and variance.  Klambauer et al., arXiv:1706.02515."""
+    return _pointwise(selu, F.selu, input, inplace)
+
+
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """``x`` for x > 0, else ``alpha * expm1(x / alpha)``.  Barron, arXiv:1704.07483."""
+    return _pointwise(celu, F.celu, input, inplace, alpha=alpha)
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """``min(max(x, 0), 6)``; derivative 0 at both ends.  Keeps the result for the derivative."""
+    return _pointwise(relu6, F.relu6, input, inplace)
+
+
+def hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Tensor:
+    """``min(max(x, min_val), max_val)``; derivative 0 at both ends.
+
+    Raises:
+        ValueError: ``min_val`` is greater than ``max_val``.
+    """
+    if min_val > max_val:
+        raise ValueError(
+            f"hardtanh: min_val cannot be greater than max_val, got min_val={min_val}, "
+            f"max_val={max_val}"
+        )
+    return _pointwise(hardtanh, F.hardtanh, input, inplace, min_val=min_val, max_val=max_val)
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    """``1 / (1 + exp(-x))``.  Keeps the result for the derivative."""
+    return _pointwise(sigmoid, torch.sigmoid, input)
+
+
+def tanh(input: Tensor) -> Tensor:
+    """Hyperbolic tangent.  Keeps the result for the derivative."""
+    return _pointwise(tanh, torch.tanh, input)
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """``x * Phi(x)``, or its tanh approximation.  Hendrycks and Gimpel, arXiv:1606.08415.
+
+    Keeps relative accuracy for large negative x, where ``(1 + erf) / 2`` cancels.
+
+    Raises:
+        RuntimeError: ``approximate`` is neither "none" nor "tanh".
+    """
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError(
+            f"gelu: approximate argument must be either none or tanh, got {approximate!r}"
+        )
+    if not isinstance(input, Tensor):
+        _ours("gelu", input)
+    if has_torch_function_unary(input):
+        return handle_torch_function(gelu, (input,), input, approximate=approximate)
+    if not _ours("gelu", input):
+        return _native("gelu", F.gelu, input, approximate=approximate)
+    if _tiny(input):
+        return F.gelu(input, approximate=approximate)
+    f = "gelu" if approximate == "none" else "gelu_tanh"
+    return _activation.activation(input, None, f, (), 0.0)
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """``x * sigmoid(x)``.  Elfwing et al., arXiv:1702.03118."""
+    return _pointwise(silu, F.silu, input, inplace)
+
+
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """``log(1 + exp(beta * x)) / beta``, and ``x`` where ``beta * x > threshold``."""
+    return _pointwise(softplus, F.softplus, input, beta=beta, threshold=threshold)
+
+
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    """``x * tanh(softplus(x))``, with one exponential.  Misra, arXiv:1908.08681."""
+    return _pointwise(mish, F.mish, input, inplace)
+
+
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    """``x * min(max(x + 3, 0), 6) / 6``.  Howard et al., arXiv:1905.02244."""
+    return _pointwise(hardswish, F.hardswish, input, inplace)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """``min(max(x + 3, 0), 6) / 6``; derivative 0 at both ends."""
+    return _pointwise(hardsigmoid, F.hardsigmoid, input, inplace)
+
+
+def logsigmoid(input: Tensor) -> Tensor:
+    """``log(sigmoid(x))`` without overflow."""
+    return _pointwise(logsigmoid, F.logsigmoid, input)
+
+
+def softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Softmax over one dimension.
+
+    ``y = exp(x - max) / sum``; ``J = diag(y) - y y^T`` is symmetric and applied in O(n).
+
+    Args:
+        input: Logits of any shape.
+        dim: The dimension that sums to one.
+        _stacklevel: Of the warning that torch gives when ``dim`` is None.
+        dtype: Cast ``input`` to this first.
+
+    Returns:
+        Contiguous probabilities of the shape of ``input``; kept for the derivative.
+
+    Raises:
+        IndexError: ``dim`` is out of range.
+    """
+    return _along_dim(softmax, F.softmax, input, dim, _stacklevel, dtype)
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x - logsumexp(x)`` over one dimension; arguments as for :func:`softmax`."""
+    return _along_dim(log_softmax, F.log_softmax, input, dim, _stacklevel, dtype)
+
+
+def softmin(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``softmax(-x)`` over one dimension, in one pass; arguments as for :func:`softmax`."""
+    return _along_dim(softmin, F.softmin, input, dim, _stacklevel, dtype)
+
+
+def _along_dim(public, native, input, dim, _stacklevel, dtype):
+    op = public.__name__
+    if not isinstance(input, Tensor):
+        _ours(op, input)
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            public, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
+        )
+    if dim is None:
+        dim = F._get_softmax_dim(op, input.dim(), _stacklevel + 1)
+    if dtype is not None:
+        input = input.to(dtype)
+    if not _ours(op, input):
+        return _native(op, native, input, dim)
+    dim = normalize_dim(op, dim, input.dim())
+    if _tiny(input):
+        return native(input, dim)
+    if op == "log_softmax":
+        return _softmax.log_softmax(input, dim)
+    return _softmax.softmax(input, dim, -1.0 if op == "softmin" else 1.0)
+
+
+def draw_seed(input: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A new dropout seed as a tensor.
+
+    ``randint`` is the only random op, so manual_seed, checkpoint, torch.compile and vmap's
+    ``randomness=`` treat our dropout as they treat any random op.
+    """
+    return torch.randint(
+        -(2**63),
+        2**63 - 1,
+        (),
+        dtype=torch.int64,
+        device=input.device,
+        generator=generator,
+    )
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Zero each element with probability ``p`` and scale the others by 1 / (1 - p).
+
+    The mask is drawn again in VJP and JVP and never stored; it does not depend on layout or thread
+    count.  Srivastava et al., JMLR 2014; the generator is Philox, Salmon et al., SC 2011.
+
+    Args:
+        input: Any shape.
+        p: Probability of an element to be zeroed.
+        training: If False, return ``input``.
+        inplace: Write into ``input``.
+        generator: Where the seed comes from; None is torch's default generator.
+
+    Returns:
+        Contiguous tensor of the shape and dtype of ``input``.
+
+    Raises:
+        ValueError: ``p`` is outside [0, 1].
+    """
+    if not isinstance(input, Tensor):
+        _ours("dropout", input)
+    if has_torch_function_unary(input):
+        extra = _given(generator=generator)
+        return handle_torch_function(
+            dropout, (input,), input, p=p, training=training, inplace=inplace, **extra
+        )
+    check_p("dropout", p)
+    if not training or p == 0.0:
+        return input
+    if not _ours("dropout", input):
+        return _native("dropout", F.dropout, input, p, training, inplace)
+    return _finish(input, _dropout.dropout(input, draw_seed(input, generator), p), inplace)
+
+
+def dropout_add(
+    input: Tensor,
+    residual: Tensor,
+    p: float = 0.0,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``residual + dropout(input)`` in one pass: a residual block's ``I + J``.
+
+    Args:
+        input: The block's output, any shape.
+        residual: The block's input; another shape or dtype broadcasts and promotes as ``+`` does.
+        p: Dropout probability.
+        training: If False, no dropout.
+        generator: Where the seed comes from; None is torch's default generator.
+
+    Raises:
+        ValueError: ``p`` is outside [0, 1].
+    """
+    if has_torch_function((input, residual)):
+        return handle_torch_function(
+            dropout_add,
+            (input, residual),
+            input,
+            residual,
+            p=p,
+            training=training,
+            **_given(generator=generator),
+        )
+    check_p("dropout_add", p)
+    if not training or p == 0.0:
+        return residual + input
+    if not _ours("dropout_add", input):
+        raise _no_kernels("dropout_add", "input", input)
+    if input.shape != residual.shape or input.dtype != residual.dtype:
+        return residual + dropout(input, p, generator=generator)
+    return _dropout.dropout_add(input, residual, draw_seed(input, generator), p)
+
+
+def softmax_dropout(
+    input: Tensor,
+    dim: int = -1,
+    p: float = 0.0,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``dropout(softmax(input, dim), p)`` in one pass, as attention uses it.
+
+    Keeps ``input`` and the seed for the derivative; probabilities are recomputed row by row in
+    cache.
+
+    Args:
+        input: Logits of any shape.
+        dim: The dimension that sums to one.
+        p: Dropout probability.
+        training: If False, no dropout.
+        generator: Where the seed comes from; None is torch's default generator.
+
+    Raises:
+        IndexError: ``dim`` is out of range.
+        ValueError: ``p`` is outside [0, 1].
+    """
+    if has_torch_function_unary(input):
+        extra = _given(generator=generator)
+        return handle_torch_function(
+            softmax_dropout, (input,), input, dim=dim, p=p, training=training, **extra
+        )
+    check_p("softmax_dropout", p)
+    if not training or p == 0.0:
+        return softmax(input, dim)
+    if not _ours("softmax_dropout", input):
+        raise _no_kernels("softmax_dropout", "input", input)
+    dim = normalize_dim("softmax_dropout", dim, input.dim())
+    return _softmax.softmax_dropout(input, draw_seed(input, generator), dim, p)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y = x W^T + b``.
+
+    Args:
+        input: (*, in_features).
+        weight: (out_features, in_features), or (in_features).
+        bias: (out_features), or () with a one-dimensional weight.
+
+    Returns:
+        (*, out_features), or (*) with a one-dimensional weight.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit.
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
+    if not _ours("linear", input):
+        return _native("linear", F.linear, input, weight, bias)
+    if weight.dim() == 1:
+        y = linear(input, weight.unsqueeze(0), None if bias is None else bias.reshape(1))
+        return y.squeeze(-1)
+    input, weight, bias = _low_precision(input, weight, bias)
+    x, bias = _fit_linear("linear", input, weight, bias)
+    if _tiny(input, weight, *(() if bias is None else (bias,))):
+        return F.linear(input, weight, bias)
+    return _unflatten(_linear.linear(x, weight, bias), input)
+
+
+def linear_act_dropout(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    p: float = 0.0,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``dropout(activation(x W^T + b), p)`` as one GEMM with activation and dropout on its tiles.
+
+    Keeps ``x``, ``W``, the seed and either ``z = x W^T + b`` or, for relu and its kin, the result.
+
+    Args:
+        input: (*, in_features).
+        weight: (out_features, in_features).
+        bias: (out_features).
+        activation: A name in :data:`jacobian_ops.kernels.NAMES`, with torch's default parameters.
+        p: Dropout probability.
+        training: If False, no dropout.
+        generator: Where the seed comes from; None is torch's default generator.
+
+    Returns:
+        (*, out_features).
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit.
+        ValueError: ``activation`` is unknown, or ``p`` outside [0, 1].
+    """
+    op = "linear_act_dropout"
+    if has_torch_function((input, weight, bias)):
+        extra = dict(activation=activation, p=p, training=training, **_given(generator=generator))
+        tensors = (input, weight, bias)
+        return handle_torch_function(linear_act_dropout, tensors, *tensors, **extra)
+    check_p(op, p)
+    f = resolve(op, activation)
+    if not _ours(op, input):
+        raise _no_kernels(op, "input", input)
+    input, weight, bias = _low_precision(input, weight, bias)
+    x, bias = _fit_linear(op, input, weight, bias)
+    p = p if training else 0.0
+    seed = draw_seed(input, generator) if p > 0.0 else None
+    keep_z = torch.is_grad_enabled() and _activation.from_output(f.function, f.params, p) is None
+    y, _ = _linear.linear_act_dropout(x, weight, bias, seed, f.function, f.params, p, keep_z)
+    return _unflatten(y, input)
+
+
+def _no_kernels(op, argument, t):
+    return NotImplementedError(
+        f"{op}: {argument} has dtype {name_of(t.dtype)} and layout {t.layout}; allowed: strided "
+        f"{ALLOWED_DTYPES}"
+    )
+
+
+def _fit_linear(op, input, weight, bias):
+    """``input`` as a matrix and ``bias`` as a vector, checked before any kernel is chosen."""
+    if weight.dim() != 2:
+        raise RuntimeError(
+            f"{op}: weight has shape {list(weight.shape)}; allowed: (out_features, in_features)"
+        )
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"{op}: mat1 and mat2 shapes cannot be multiplied: input has shape "
+            f"{list(input.shape)}, "
+            f"weight has {list(weight.shape)}; their last dimensions must be the same"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        if bias.dim() > 1 or bias.numel() != 1:
+            raise RuntimeError(
+                f"{op}: bias has shape {list(bias.shape)}; allowed: {[weight.shape[0]]} or one "
+                "element"
+            )
+        bias = bias.expand(weight.shape[0])
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != input.dtype:
+            raise RuntimeError(
+                f"{op}: expected input, weight and bias to have the same dtype, but input has "
+                f"{name_of(input.dtype)} and {name} has {name_of(t.dtype)}"
+            )
+    if input.dim() == 1:
+        return input.unsqueeze(0), bias
+    return input if input.dim() == 2 else input.flatten(0, -2), bias
+
+
+def _unflatten(y, input):
+    return y if input.dim() == 2 else y.reshape(*input.shape[:-1], y.shape[-1])
+
+
+def _low_precision(*tensors):
+    """Autocast's cast of linear's arguments, where autocast is on for their device."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

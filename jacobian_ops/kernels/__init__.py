@@ -1,0 +1,71 @@
+"""The raw products: forward, VJP, JVP and second order of every op, without autograd.
+
+Every function takes torch tensors, or numpy arrays without a copy, and returns what it was given.
+``x -> y``; cotangents ``gy``, ``gx``; tangents ``tx``, ``ty``.  A ``*_jvp`` returns primal and
+tangent.
+"""
+
+from .activation import (
+    MAX_ORDER,
+    NAMES,
+    Activation,
+    activation,
+    activation_jvp,
+    activation_vjp,
+    activation_vjp_jvp,
+    activation_vjp_vjp,
+    resolve,
+)
+from .dropout import dropout, dropout_add, dropout_jvp, dropout_vjp
+from .linear import column_sum, linear, linear_act_dropout, linear_jvp, linear_vjp
+from .softmax import (
+    log_softmax,
+    log_softmax_jvp,
+    log_softmax_tangent,
+    log_softmax_vjp,
+    log_softmax_vjp_jvp,
+    log_softmax_vjp_vjp,
+    softmax,
+    softmax_dropout,
+    softmax_dropout_jvp,
+    softmax_dropout_vjp,
+    softmax_jvp,
+    softmax_vjp,
+    softmax_vjp_jvp,
+    softmax_vjp_vjp,
+)
+
+__all__ = [
+    "MAX_ORDER",
+    "NAMES",
+    "Activation",
+    "activation",
+    "activation_jvp",
+    "activation_vjp",
+    "activation_vjp_jvp",
+    "activation_vjp_vjp",
+    "column_sum",
+    "dropout",
+    "dropout_add",
+    "dropout_jvp",
+    "dropout_vjp",
+    "linear",
+    "linear_act_dropout",
+    "linear_jvp",
+    "linear_vjp",
+    "log_softmax",
+    "log_softmax_jvp",
+    "log_softmax_tangent",
+    "log_softmax_vjp",
+    "log_softmax_vjp_jvp",
+    "log_softmax_vjp_vjp",
+    "resolve",
+    "softmax",
+    "softmax_dropout",
+    "softmax_dropout_jvp",
+    "softmax_dropout_vjp",
+    "softmax_jvp",
+    "softmax_vjp",
+    "softmax_vjp_jvp",
+    "softmax_vjp_vjp",
+]

@@ -1,0 +1,189 @@
+"""Elementwise activations and their products, m * f(x), with m an optional dropout mask.
+
+``name`` is one of :data:`NAMES`, with that activation's parameters as keywords, or an
+:class:`Activation` that :func:`resolve` returned.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import _backend
+from ._arguments import arrays_too, check_p, check_seed, operands, output, seed_tensor
+
+
+class Activation(NamedTuple):
+    """A function of ``csrc/math/activations.h`` with the values of its parameters."""
+
+    function: str
+    params: tuple[float, ...] = ()
+
+
+# Parameters are those of torch.nn.functional, with its defaults.
+_MAKERS = {
+    "identity": lambda: Activation("identity"),
+    "relu": lambda: Activation("relu"),
+    "leaky_relu": lambda negative_slope=0.01: Activation("leaky_relu", (negative_slope,)),
+    "elu": lambda alpha=1.0: Activation("elu", (alpha, 1.0, 1.0)),
+    "selu": lambda: Activation("elu", (1.6732632423543772848, 1.0507009873554804934, 1.0)),
+    "celu": lambda alpha=1.0: Activation("elu", (alpha, 1.0, 1.0 / alpha)),
+    "relu6": lambda: Activation("hardtanh", (0.0, 6.0)),
+    "hardtanh": lambda min_val=-1.0, max_val=1.0: Activation("hardtanh", (min_val, max_val)),
+    "sigmoid": lambda: Activation("sigmoid"),
+    "tanh": lambda: Activation("tanh"),
+    "gelu": lambda: Activation("gelu"),
+    "gelu_tanh": lambda: Activation("gelu_tanh"),
+    "silu": lambda: Activation("silu"),
+    "softplus": lambda beta=1.0, threshold=20.0: Activation("softplus", (beta, threshold)),
+    "mish": lambda: Activation("mish"),
+    "hardswish": lambda: Activation("hardswish"),
+    "hardsigmoid": lambda: Activation("hardsigmoid"),
+    "logsigmoid": lambda: Activation("logsigmoid"),
+}
+NAMES = tuple(_MAKERS)
+MAX_ORDER = 3
+
+
+def resolve(op: str, name: str | Activation, **params: float) -> Activation:
+    """The function and parameters behind a public name."""
+    if isinstance(name, Activation):
+        return name
+    maker = _MAKERS.get(name)
+    if maker is None:
+        raise ValueError(f"{op}: unknown activation {name!r}; allowed: {', '.join(NAMES)}")
+    if name == "celu" and params.get("alpha") == 0:
+        raise RuntimeError(f"{op}: ZeroDivisionError: alpha is 0; celu divides by it")
+    try:
+        return maker(**params)
+    except TypeError as e:
+        raise TypeError(f"{op}: {name}: {e}") from None
+
+
+def _act(op, name, params):
+    f = resolve(op, name, **params)
+    return (
+        _backend.ACTIVATION_CODES[f.function],
+        *f.params,
+        *(0.0,) * (3 - len(f.params)),
+    )
+
+
+def _mask(op, seed, p, x):
+    """The native mask, and the seed tensor that must outlive the call."""
+    if seed is None or p == 0.0:
+        return None, None
+    check_p(op, p)
+    seed = check_seed(op, seed_tensor(seed, x), x)
+    return _backend.mask(seed, p), seed
+
+
+def _run(op, kernel, names, tensors, out, name, params, seed, p, order=None):
+    """Check, allocate ``out`` (a tuple, possibly of None) in the common layout, call ``kernel``."""
+    mask, seed = _mask(op, seed, p, tensors[0])
+    tensors = operands(op, names, *tensors, row_major=mask is not None)
+    out = tuple(output(op, o, tensors[0]) for o in out)
+    if tensors[0].numel():
+        orders = () if order is None else (order,)
+        getattr(_backend.for_device(op, names.split()[0], tensors[0].device), kernel)(
+            _act(op, name, params),
+            *orders,
+            *(None if t is None else _backend.buffer(t) for t in (*tensors, *out)),
+            mask,
+            _backend.threads(),
+        )
+    return out
+
+
+@arrays_too
+def activation(x: Tensor, name, *, seed=None, p: float = 0.0, out=None, **params) -> Tensor:
+    """``y = m * f(x)``.
+
+    Args:
+        x: Input of any shape; float64, float32, bfloat16 or float16.
+        name: One of :data:`NAMES`; its parameters are keywords, as in torch.nn.functional.
+        seed: Dropout seed, int or int64 tensor of shape (*batch); None for no dropout.
+        p: Dropout probability.
+        out: Where to write, laid out as the result.
+        params: Parameters of the activation.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+    """
+    return _run("activation", "activation", "x", (x,), (out,), name, params, seed, p)[0]
+
+
+@arrays_too
+def activation_vjp(
+    x: Tensor,
+    gy: Tensor,
+    name,
+    *,
+    order: int = 1,
+    seed=None,
+    p: float = 0.0,
+    out=None,
+    **params,
+) -> Tensor:
+    """``gx = m * f^(order)(x) * gy``.  The Jacobian is diagonal: also the JVP along ``gy``."""
+    op = "activation_vjp"
+    return _run(op, op, "x gy", (x, gy), (out,), name, params, seed, p, order)[0]
+
+
+@arrays_too
+def activation_jvp(
+    x: Tensor,
+    tx: Tensor,
+    name,
+    *,
+    seed=None,
+    p: float = 0.0,
+    out=(None, None),
+    **params,
+) -> tuple[Tensor, Tensor]:
+    """``y = m * f(x)`` and its tangent ``ty = m * f'(x) * tx`` in one pass."""
+    op = "activation_jvp"
+    return _run(op, op, "x tx", (x, tx), out, name, params, seed, p)
+
+
+@arrays_too
+def activation_vjp_vjp(
+    x: Tensor,
+    gy: Tensor,
+    h: Tensor,
+    name,
+    *,
+    order: int = 1,
+    seed=None,
+    p: float = 0.0,
+    **params,
+) -> tuple[Tensor, Tensor]:
+    """VJP of :func:`activation_vjp` along ``h``: cotangents of ``x`` and of ``gy``.
+
+    ``hx = m * f^(order+1)(x) * gy * h`` and ``hgy = m * f^(order)(x) * h``.
+    """
+    op = "activation_vjp_vjp"
+    return _run(op, op, "x gy h", (x, gy, h), (None, None), name, params, seed, p, order)
+
+
+@arrays_too
+def activation_vjp_jvp(
+    x: Tensor,
+    gy: Tensor,
+    tx: Tensor | None,
+    tgy: Tensor | None,
+    name,
+    *,
+    order: int = 1,
+    seed=None,
+    p: float = 0.0,
+    **params,
+) -> tuple[Tensor, Tensor]:
+    """:func:`activation_vjp` and its tangent along ``(tx, tgy)``; an absent one is None.
+
+    ``gx = m * f^(order) * gy`` and ``tgx = m * (f^(order+1) * gy * tx + f^(order) * tgy)``.
+    """
+    op = "activation_vjp_jvp"
+    names = "x gy tx tgy"
+    return _run(op, op, names, (x, gy, tx, tgy), (None, None), name, params, seed, p, order)

@@ -1,0 +1,219 @@
+"""Linear maps: y = x W^T + b, its products, and the fusion with activation and dropout.
+
+Matrices are ``x (*batch, M, K)``, ``weight (*batch, N, K)``, ``bias (*batch, N)`` with the same
+batch dimensions (usually none) and any strides: a transposed weight is read in place.  Results are
+contiguous.  Products accumulate in float32 or wider and are rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from ._arguments import (
+    arrays_too,
+    check_dtype,
+    check_p,
+    check_same,
+    check_seed,
+    linear_result,
+    output,
+    real,
+    seed_tensor,
+)
+from .activation import _act
+
+
+def _check(op, names, x, weight, bias):
+    """Raise unless dtype, device and shapes of a linear map's three arguments fit together."""
+    x_name, weight_name, bias_name = names.split()
+    check_dtype(op, x_name, x)
+    check_same(op, x_name, x, weight_name, weight)
+    if x.dim() < 2 or weight.dim() != x.dim() or weight.shape[:-2] != x.shape[:-2]:
+        raise RuntimeError(
+            f"{op}: {x_name} has shape {list(x.shape)} and {weight_name} {list(weight.shape)}; "
+            "allowed: (*batch, M, K) and (*batch, N, K) with the same batch dimensions"
+        )
+    if weight.shape[-1] != x.shape[-1]:
+        raise RuntimeError(
+            f"{op}: mat1 and mat2 shapes cannot be multiplied: {x_name} has shape {list(x.shape)}, "
+            f"{weight_name} has {list(weight.shape)}; their last dimensions must be the same"
+        )
+    if bias is not None:
+        check_same(op, x_name, x, bias_name, bias)
+        if bias.shape != weight.shape[:-1]:
+            raise RuntimeError(
+                f"{op}: {bias_name} has shape {list(bias.shape)}; allowed: "
+                f"{list(weight.shape[:-1])}, as {weight_name} has shape {list(weight.shape)}"
+            )
+
+
+def _matrix(t):
+    """``t`` with at most one batch dimension and strides that native code takes."""
+    t = real(t)
+    if t.dim() > 3:
+        t = t.reshape(-1, *t.shape[-2:])
+    return t
+
+
+def _product(op, x, weight, bias, y, accumulate):
+    """``y (+)= x W^T + b`` on checked arguments; ``y`` is contiguous."""
+    if y.numel():
+        x, weight = _matrix(x), _matrix(weight)
+        bias = None if bias is None else real(bias).contiguous()
+        _backend.for_device(op, "x", x.device).linear(
+            _backend.matrix(x),
+            _backend.matrix(weight),
+            None if bias is None else _backend.buffer(bias),
+            _backend.matrix(_matrix(y)),
+            accumulate,
+            _backend.threads(),
+        )
+    return y
+
+
+@arrays_too
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out=None) -> Tensor:
+    """``y = x W^T + b``.
+
+    Args:
+        x: (*batch, M, K); float64, float32, bfloat16 or float16.
+        weight: (*batch, N, K).
+        bias: (*batch, N).
+        out: Where to write, contiguous.
+
+    Returns:
+        Contiguous (*batch, M, N).
+    """
+    _check("linear", "x weight bias", x, weight, bias)
+    y = linear_result(x, weight)
+    return _product(
+        "linear", x, weight, bias, y if out is None else output("linear", out, y), False
+    )
+
+
+@arrays_too
+def column_sum(x: Tensor) -> Tensor:
+    """``(*batch, M, N) -> (*batch, N)``: sums over rows in a fixed order, in float32 or wider."""
+    op = "column_sum"
+    check_dtype(op, "x", x)
+    if x.dim() < 2:
+        raise RuntimeError(f"{op}: x has shape {list(x.shape)}; allowed: (*batch, M, N)")
+    y = x.new_empty((*x.shape[:-2], x.shape[-1]))
+    if y.numel():
+        x = _matrix(x)
+        _backend.for_device(op, "x", x.device).column_sum(
+            _backend.matrix(x), _backend.buffer(y), _backend.threads()
+        )
+    return y
+
+
+@arrays_too
+def linear_vjp(x: Tensor, weight: Tensor, gy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``gx = gy W``, ``gweight = gy^T x`` and ``gbias = sum of gy over rows``.
+
+    Args:
+        x: (*batch, M, K).
+        weight: (*batch, N, K).
+        gy: (*batch, M, N).
+
+    Returns:
+        Cotangents of ``x``, of ``weight`` and of the bias, (*batch, N).
+    """
+    op = "linear_vjp"
+    _check(op, "x weight bias", x, weight, None)
+    check_same(op, "x", x, "gy", gy)
+    if gy.shape != (*x.shape[:-1], weight.shape[-2]):
+        raise RuntimeError(
+            f"{op}: gy has shape {list(gy.shape)}; allowed: {[*x.shape[:-1], weight.shape[-2]]}, "
+            "the shape of the result"
+        )
+    return linear(gy, weight.mT), linear(gy.mT, x.mT), column_sum(gy)
+
+
+@arrays_too
+def linear_jvp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    tx: Tensor | None = None,
+    tweight: Tensor | None = None,
+    tbias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``y = x W^T + b`` and its tangent ``ty = tx W^T + x tW^T + tb``.
+
+    An absent tangent is None and costs nothing; tangents have the shapes of their primals.
+    """
+    op = "linear_jvp"
+    _check(op, "x weight bias", x, weight, bias)
+    _check(op, "tx weight tbias", x if tx is None else tx, weight, tbias)
+    _check(op, "x tweight tbias", x, weight if tweight is None else tweight, None)
+    y = _product(op, x, weight, bias, linear_result(x, weight), False)
+    ty = linear_result(x, weight)
+    if tx is not None:
+        _product(op, tx, weight, tbias, ty, False)
+    if tweight is not None:
+        _product(op, x, tweight, tbias if tx is None else None, ty, tx is not None)
+    if tx is None and tweight is None:
+        ty.zero_() if tbias is None else ty.copy_(tbias.unsqueeze(-2).expand(ty.shape))
+    return y, ty
+
+
+@arrays_too
+def linear_act_dropout(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    name="gelu",
+    p: float = 0.0,
+    seed=None,
+    *,
+    keep_z: bool = False,
+    **params,
+) -> tuple[Tensor, Tensor | None]:
+    """``y = m * f(z)``, ``z = x W^T + b``: one GEMM with activation and dropout on its tiles.
+
+    Args:
+        x: (*batch, M, K).
+        weight: (*batch, N, K).
+        bias: (*batch, N).
+        name: An activation, see :func:`jacobian_ops.kernels.activation`.
+        p: Dropout probability.
+        seed: Dropout seed, int or int64 tensor of shape (*batch); None for no dropout.
+        keep_z: Return ``z`` as well, which the derivatives need.
+        params: Parameters of the activation.
+
+    Returns:
+        ``y`` and, if kept, ``z``, both contiguous (*batch, M, N).
+    """
+    op = "linear_act_dropout"
+    _check(op, "x weight bias", x, weight, bias)
+    check_p(op, p)
+    act = _act(op, name, params)
+    y = linear_result(x, weight)
+    z = torch.empty_like(y) if keep_z else None
+    if y.numel():
+        if seed is not None and p > 0.0:
+            seed = seed_tensor(seed, x)
+            if seed.shape != x.shape[:-2]:
+                raise RuntimeError(
+                    f"{op}: seed has shape {list(seed.shape)}; it must be {list(x.shape[:-2])}, "
+                    "one for each matrix"
+                )
+            seed = check_seed(op, seed, x)
+        else:
+            seed = None
+        x, weight = _matrix(x), _matrix(weight)
+        bias = None if bias is None else real(bias).contiguous()
+        _backend.for_device(op, "x", x.device).linear_act_dropout(
+            _backend.matrix(x),
+            _backend.matrix(weight),
+            None if bias is None else _backend.buffer(bias),
+            _backend.matrix(_matrix(y)),
+            None if z is None else _backend.matrix(_matrix(z)),
+            act,
+            _backend.mask(seed, p),
+            _backend.threads(),
+        )
+    return y, z
