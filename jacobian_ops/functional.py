@@ -23,7 +23,7 @@ from .autograd import activation as _activation
 from .autograd import dropout as _dropout
 from .autograd import linear as _linear
 from .autograd import softmax as _softmax
-from .autograd.rule import plain
+from .autograd.rule import overwritable, plain
 from .kernels import resolve
 from .kernels._arguments import ALLOWED_DTYPES, check_p, name_of, normalize_dim
 
@@ -108,16 +108,19 @@ def _pointwise(public, native, input, inplace=False, **params):
         return _native(op, native, input, **_given(inplace=inplace), **params)
     if _tiny(input):
         return native(input, **_given(inplace=inplace), **params)
-    return _finish(input, _activation.activation(input, None, f.function, f.params, 0.0), inplace)
+    args = (None, f.function, f.params, 0.0)
+    if not inplace:
+        return _activation.activation(input, *args)
+    # The derivative of some activations needs the input, which is about to be overwritten.
+    keep_input = torch.is_grad_enabled() and _activation.from_output(*args[1:]) is None
+    if overwritable(input) and not (keep_input and input.requires_grad):
+        return _activation.activation_inplace(input, *args)
+    return input.copy_(_activation.activation(input.clone() if keep_input else input, *args))
 
 
 def _given(**flags):
     """The flags that are set: native ops without ``inplace`` have no such argument."""
     return {k: v for k, v in flags.items() if v}
-
-
-def _finish(input, y, inplace):
-    return input.copy_(y) if inplace else y
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -351,7 +354,12 @@ def dropout(
         return input
     if not _ours("dropout", input):
         return _native("dropout", F.dropout, input, p, training, inplace)
-    return _finish(input, _dropout.dropout(input, draw_seed(input, generator), p), inplace)
+    seed = draw_seed(input, generator)
+    if not inplace:
+        return _dropout.dropout(input, seed, p)
+    if overwritable(input):
+        return _dropout.dropout_inplace(input, seed, p)
+    return input.copy_(_dropout.dropout(input, seed, p))
 
 
 def dropout_add(

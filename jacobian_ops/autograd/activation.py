@@ -13,7 +13,7 @@ import torch
 
 from .. import kernels
 from ..kernels._arguments import result_like
-from .rule import Rule, define, front
+from .rule import Rule, define, define_inplace, front
 
 _PIECEWISE_LINEAR = {"identity", "relu", "leaky_relu", "hardtanh", "hardsigmoid"}
 
@@ -53,8 +53,8 @@ class Activation(Rule):
 
     schema = "activation(Tensor x, Tensor? seed, str f, float[] params, float p) -> Tensor"
 
-    def kernel(x, seed, f, params, p):
-        return kernels.activation(x, _act(f, params), seed=seed, p=p)
+    def kernel(x, seed, f, params, p, out=None):
+        return kernels.activation(x, _act(f, params), seed=seed, p=p, out=out)
 
     def fake(x, seed, *_):
         return _fake(x, seed)
@@ -203,6 +203,7 @@ class ActivationVjpJvp(Rule):
 
 
 activation = define(Activation)
+activation_inplace = define_inplace(Activation)
 activation_vjp = define(ActivationVjp)
 activation_jvp = define(ActivationJvp)
 activation_vjp_vjp = define(ActivationVjpVjp)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .. import kernels
 from ..kernels._arguments import result_like
-from .rule import Rule, define
+from .rule import Rule, define, define_inplace
 
 
 def _fake(x, *_):
@@ -20,8 +20,8 @@ class Dropout(Rule):
     schema = "dropout(Tensor x, Tensor seed, float p) -> Tensor"
     fake = _fake
 
-    def kernel(x, seed, p):
-        return kernels.dropout(x, p, seed)
+    def kernel(x, seed, p, out=None):
+        return kernels.dropout(x, p, seed, out=out)
 
     def save(args, y):
         return (args[1],)
@@ -66,4 +66,5 @@ class DropoutAdd(Rule):
 
 
 dropout = define(Dropout)
+dropout_inplace = define_inplace(Dropout)
 dropout_add = define(DropoutAdd)

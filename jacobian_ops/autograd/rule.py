@@ -132,6 +132,42 @@ def define(rule: type[Rule]) -> Callable:
     return call
 
 
+def define_inplace(rule: type[Rule]) -> Callable:
+    """``call(x, *rest)`` that overwrites ``x``: plain state, and a rule that saves no old ``x``."""
+    tensors = rule.tensors
+
+    def forward(x, *rest):
+        return rule.kernel(x, *rest, out=x)
+
+    def setup_context(ctx, inputs, output):
+        ctx.mark_dirty(inputs[0])
+        rule.op.Function.setup_context(ctx, inputs, output)
+
+    body = {"forward": staticmethod(forward), "setup_context": staticmethod(setup_context)}
+    function = type(f"{rule.__name__}Inplace", (rule.op.Function,), body)
+    differentiable = super(torch.autograd.Function, function).apply
+
+    def call(*args):
+        if torch.is_grad_enabled() and _C._any_requires_grad(*args[:tensors]):
+            return differentiable(*args)
+        return forward(*args)
+
+    return call
+
+
+def overwritable(x: Tensor) -> bool:
+    """Whether a kernel may write its result into ``x`` and leave the rest to autograd.
+
+    A leaf that requires grad, or a view of one, would raise only after the kernel wrote.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and plain((x,))
+        and x.is_contiguous()
+        and not (torch.is_grad_enabled() and (x._is_view() or (x.is_leaf and x.requires_grad)))
+    )
+
+
 def _function(rule, base, forward, tensors):
     """The rule as a subclass of ``base``: torch.autograd.Function or its single-level kin."""
 

@@ -1,8 +1,8 @@
 """Rules of softmax, log_softmax and softmax_dropout.
 
 Softmax saves ``y``; ``J = scale * (diag(y) - y y^T)`` is symmetric, so VJP and tangent-only JVP are
-one op.  log_softmax saves ``y``; ``J = I - 1 s^T``, ``s = exp(y)``.  softmax_dropout saves ``x`` and the
-seed: its own VJP recomputes the probabilities in cache, so that the forward writes one tensor.
+one op.  log_softmax saves ``y``; ``J = I - 1 s^T``, ``s = exp(y)``.  softmax_dropout saves ``x``
+and the seed: its VJP recomputes the probabilities in cache, so the forward writes one tensor.
 """
 
 from __future__ import annotations
