@@ -1,0 +1,82 @@
+# `make help` lists the targets.  Every target that needs the environment makes or completes it.
+
+PYTHON ?= python3
+VENV ?= .venv
+# A requirement for pip, such as torch==2.14.1.  Empty: keep the torch that is there, or install
+# the CPU build that scripts/environment.py names.
+TORCH ?=
+# Worker processes of pytest, and options for it (-k softmax, -x).
+WORKERS ?= 2
+PYTEST_FLAGS ?=
+
+PY := $(VENV)/bin/python
+ENVIRONMENT := $(VENV)/.environment
+BUILT := $(VENV)/.built
+NATIVE := CMakeLists.txt setup.py $(shell find csrc cmake -type f 2>/dev/null)
+CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'examples/*.cpp')
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test bench lint format wheel check-wheel cpp check-aarch64 clean FORCE
+
+help:  ## list the targets
+	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.14.1] [VENV=.venv]"
+	@grep -hE '^[a-z0-9-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(ENVIRONMENT): pyproject.toml scripts/environment.py $(if $(TORCH),FORCE)
+	$(PYTHON) scripts/environment.py $(VENV) --torch '$(TORCH)'
+	@touch $@
+
+# An editable install: Python sources are used in place, the native module is rebuilt in build/.
+$(BUILT): $(ENVIRONMENT) $(NATIVE)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+build: $(BUILT)  ## make the environment and build the package in place
+	@$(PY) -m jacobian_ops.info
+
+demo: $(BUILT)  ## train a small transformer on real digits, native and ours, and compare
+	$(PY) -m examples.digits
+
+# Twice: with every call going to our own kernels, then as users run it, where tiny calls go to
+# the native op.  Both passes run, even when the first fails.
+test: $(BUILT)  ## run the tests, with and without the short cut for tiny calls
+	@status=0; \
+	echo "== every call through our own kernels"; \
+	JACOBIAN_OPS_NATIVE_BELOW=0 $(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
+	echo "== default threshold"; \
+	$(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
+	exit $$status
+
+bench: $(BUILT)  ## measure against native autograd (python -m bench has the options)
+	$(PY) -m bench $(BENCH_FLAGS)
+
+lint: $(ENVIRONMENT)  ## check the style of Python and C++
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(ENVIRONMENT)  ## rewrite Python and C++ in that style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+wheel: $(ENVIRONMENT)  ## build a wheel into dist/
+	$(PY) scripts/check_wheel.py --build-only dist
+
+check-wheel: $(ENVIRONMENT)  ## install one wheel beside two torch versions (TORCHES=) and test it
+	$(PY) scripts/check_wheel.py $(TORCHES)
+
+cpp: $(ENVIRONMENT)  ## build the C++ library and its example without Python, and run them
+	PATH="$(abspath $(VENV))/bin:$$PATH" && \
+	cmake -B build/cpp -G Ninja && cmake --build build/cpp -j 2 && \
+	ctest --test-dir build/cpp --output-on-failure
+
+check-aarch64: $(ENVIRONMENT)  ## cross-compile for aarch64 and run the C++ self-check under qemu
+	PATH="$(abspath $(VENV))/bin:$$PATH" && \
+	cmake -B build/aarch64 -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu" && \
+	cmake --build build/aarch64 -j 2 && ctest --test-dir build/aarch64 --output-on-failure
+
+clean:  ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info jacobian_ops/*.so $(BUILT)

@@ -1,0 +1,37 @@
+"""What was built and what runs: `jacobian_ops.build_info()`, `python -m jacobian_ops.info`."""
+
+from __future__ import annotations
+
+import platform
+
+import torch  # before _cpu: both then share the one OpenMP runtime that torch loads
+
+from .. import _cpu
+
+__all__ = ["__version__", "build_info"]
+
+__version__: str = _cpu.version
+
+
+def build_info() -> dict[str, object]:
+    """Facts about this build and this process.
+
+    Returns:
+        A dict of plain values: ``version``; ``compiler`` (its name, version, flags); ``isa``, the
+        instruction set in use, and ``available_isas``, those that were built and that this machine
+        has (``JACOBIAN_OPS_ISA`` picks one before the import); ``openmp``, the runtime that is
+        loaded and its threads; ``threads``, what the next kernel uses (``torch.set_num_threads``);
+        ``cuda``; ``torch``; ``python``; ``platform``.
+    """
+    return {
+        "version": __version__,
+        "compiler": _cpu.compiler(),
+        "isa": _cpu.isa(),
+        "available_isas": tuple(_cpu.available_isas()),
+        "openmp": _cpu.openmp(),
+        "threads": torch.get_num_threads(),
+        "cuda": "not built",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
