@@ -42,13 +42,15 @@ def python_of(venv: Path) -> Path:
 def make_venv(venv: Path) -> None:
     """Create ``venv`` with pip in it, unless it is there."""
     python = python_of(venv)
-    if not python.exists():
-        # Debian's python3 may come without ensurepip (its python3-venv package): pip can install
-        # itself into an environment instead.
-        complete = subprocess.run([sys.executable, "-m", "venv", venv], capture_output=True)
-        if complete.returncode:
-            run(sys.executable, "-m", "venv", "--clear", "--without-pip", venv)
-            run(sys.executable, "-m", "pip", "--python", python, "install", "pip")
+    if python.exists():
+        return
+    # Debian's python3 may come without ensurepip (its python3-venv package): pip can install
+    # itself into an environment instead.
+    complete = subprocess.run([sys.executable, "-m", "venv", venv], capture_output=True)
+    if complete.returncode:
+        run(sys.executable, "-m", "venv", "--clear", "--without-pip", venv)
+        run(sys.executable, "-m", "pip", "--python", python, "install", "pip")
+    # The pip that Python 3.10 carries is older than editable installs from pyproject.toml.
     run(python, "-m", "pip", "install", "--quiet", "--upgrade", "pip")
 
 
@@ -106,7 +108,7 @@ def main() -> None:
         help=f"requirement for pip; by default {DEFAULT_TORCH}, or any torch already there",
     )
     options = parser.parse_args()
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  this script may meet an older one
         sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: set PYTHON=")
 
     venv = options.venv.absolute()
