@@ -31,7 +31,7 @@ struct Matrix {
   bool given() const { return extent >= 0; }
 };
 
-// The names and parameters a, b, c are listed in activation_names() and math/activations.h.
+// Names: activation_name(). Parameters a, b, c: math/activations.h.
 enum class Activation : int {
   kIdentity, kRelu, kLeakyRelu, kElu, kHardtanh, kSigmoid, kTanh, kGelu, kGeluTanh, kSilu,
   kSoftplus, kMish, kHardswish, kHardsigmoid, kLogsigmoid, kSigmoidY, kTanhY, kEluY, kCount

@@ -6,7 +6,7 @@
 // Avoid std:: templates that may not be inlined here: their weak symbols would be merged across instruction sets.
 #pragma once
 
-#include "../kernels.h"
+#include "../core.h"
 #include "../math/simd.h"
 
 namespace jops::JOPS_ISA {
@@ -30,11 +30,20 @@ ActivationBlock<A> activation_block(Activation code);  // A = float, double
 template <class A>
 void dropout_block(const Mask& mask, std::int64_t sample, std::int64_t first, A* m, std::int64_t n);
 
+// The same for elements of a whole buffer of `size` elements, whatever samples they belong to.
+template <class A>
+void dropout_range(const Mask& mask, std::int64_t size, std::int64_t first, A* m, std::int64_t n);
+
 // Conversion between storage (element index `first` of `data`) and a block; one rounding at the store.
 template <class A>
 void load_block(Dtype dtype, const void* data, std::int64_t first, A* block, std::int64_t n);
 template <class A>
 void store_block(Dtype dtype, void* data, std::int64_t first, const A* block, std::int64_t n);
+
+// Outputs of at least this many bytes are written past the caches, which they would sweep for nothing.
+inline bool should_stream(std::int64_t bytes) { return bytes >= stream_threshold(); }
+// Copies from a block in L1 to memory with non-temporal stores.
+void stream_copy(void* to, const void* from, std::int64_t bytes);
 
 // Threads. parallel(tasks, threads, body) runs body(task) for 0 <= task < tasks on at most `threads` threads,
 // contiguous ranges of tasks each; serially when threads == 1, for one task, or inside another parallel region.

@@ -7,10 +7,18 @@
 
 namespace jops::JOPS_ISA {
 
+// A thread is worth waking for about this many elements of memory-bound work.
+constexpr std::int64_t kElementsPerThread = 16384;
+
+inline int useful_threads(std::int64_t elements, int threads) {
+  const std::int64_t useful = elements / kElementsPerThread + 1;
+  return useful < threads ? static_cast<int>(useful) : threads;
+}
+
 template <class Body>
 inline void parallel(std::int64_t tasks, int threads, const Body& body) {
   if (threads > tasks) threads = static_cast<int>(tasks);
-  if (threads <= 1 || omp_in_parallel()) {  // a forked child hangs at a region of two threads
+  if (threads <= 1 || omp_in_parallel()) {  // a forked child would hang at a region of two threads
     for (std::int64_t task = 0; task < tasks; ++task) body(task);
     return;
   }

@@ -148,6 +148,12 @@ template <class T, class B, class C>
 JOPS_HD Vec<T> fma(Vec<T> a, B b, C c) {
   return fma(a, Vec<T>(b), Vec<T>(c));
 }
+// Lane by lane through the C library: for a number a row, not an element.
+template <class T>
+JOPS_HD Vec<T> log(Vec<T> a) {
+  for (int i = 0; i < Vec<T>::kLanes; ++i) a.v[i] = static_cast<T>(::log(a.v[i]));
+  return a;
+}
 
 // Nearest integer, ties to even; |a| < 2^(mantissa bits - 1).
 template <class T>
@@ -187,6 +193,28 @@ JOPS_HD bool any(Bool<T> c) {
   std::memcpy(w, &c.v, kVectorBytes);
   for (std::uint64_t x : w) r |= x;
   return r != 0;
+#endif
+}
+
+// Unsigned 64-bit lanes, for the generator.
+typedef std::uint64_t U64 __attribute__((vector_size(kVectorBytes)));
+constexpr int kWords = kVectorBytes / 8;
+
+JOPS_HD U64 multiply_low32(U64 a, std::uint32_t b) {
+  const U64 factor = U64{} + b;
+#if defined(__AVX512F__)
+  return reinterpret_cast<U64>(
+      _mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(factor)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U64>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(factor)));
+#elif defined(__x86_64__)
+  return reinterpret_cast<U64>(
+      _mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(factor)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<U64>(vmull_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)), vdup_n_u32(b)));
+#else
+  return (a & 0xffffffffu) * factor;
 #endif
 }
 

@@ -1,0 +1,159 @@
+// The Python module of a backend: one line a kernel. Arguments are plain tuples, described at the casters.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "core.h"
+
+namespace py = pybind11;
+
+namespace jops {
+
+// Reads a tuple of exactly the given fields; false, so that pybind11 raises TypeError, if it is not one.
+template <class... Fields>
+bool read(py::handle source, Fields&... fields) {
+  if (!py::isinstance<py::tuple>(source)) return false;
+  const auto tuple = py::reinterpret_borrow<py::tuple>(source);
+  if (tuple.size() != sizeof...(fields)) return false;
+  std::size_t i = 0;
+  ((fields = tuple[i++].cast<Fields>()), ...);
+  return true;
+}
+
+}  // namespace jops
+
+namespace pybind11::detail {
+
+// (address, size, dtype), or None for an argument left out
+template <>
+struct type_caster<jops::Buffer> {
+  PYBIND11_TYPE_CASTER(jops::Buffer, const_name("Buffer"));
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    std::uintptr_t address = 0;
+    int dtype = 0;
+    if (!jops::read(source, address, value.size, dtype)) return false;
+    value.data = reinterpret_cast<void*>(address);
+    value.dtype = static_cast<jops::Dtype>(dtype);
+    return true;
+  }
+};
+
+// (address, extent, dtype, batch, rows, cols, batch stride, row stride, col stride), or None
+template <>
+struct type_caster<jops::Matrix> {
+  PYBIND11_TYPE_CASTER(jops::Matrix, const_name("Matrix"));
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    std::uintptr_t address = 0;
+    int dtype = 0;
+    if (!jops::read(source, address, value.extent, dtype, value.batch, value.rows, value.cols,
+                    value.batch_stride, value.row_stride, value.col_stride)) {
+      return false;
+    }
+    value.data = reinterpret_cast<void*>(address);
+    value.dtype = static_cast<jops::Dtype>(dtype);
+    return true;
+  }
+};
+
+// (code, a, b, c)
+template <>
+struct type_caster<jops::Act> {
+  PYBIND11_TYPE_CASTER(jops::Act, const_name("Act"));
+  bool load(handle source, bool) {
+    int code = 0;
+    if (!jops::read(source, code, value.a, value.b, value.c)) return false;
+    value.code = static_cast<jops::Activation>(code);
+    return true;
+  }
+};
+
+// (p, address of the seeds, batch), or None
+template <>
+struct type_caster<jops::Mask> {
+  PYBIND11_TYPE_CASTER(jops::Mask, const_name("Mask"));
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    std::uintptr_t seeds = 0;
+    if (!jops::read(source, value.p, seeds, value.batch)) return false;
+    value.seeds = reinterpret_cast<const std::int64_t*>(seeds);
+    return true;
+  }
+};
+
+// (outer, n, inner, scale)
+template <>
+struct type_caster<jops::Rows> {
+  PYBIND11_TYPE_CASTER(jops::Rows, const_name("Rows"));
+  bool load(handle source, bool) {
+    return jops::read(source, value.outer, value.n, value.inner, value.scale);
+  }
+};
+
+// threads
+template <>
+struct type_caster<jops::Exec> {
+  PYBIND11_TYPE_CASTER(jops::Exec, const_name("int"));
+  bool load(handle source, bool) {
+    value.threads = source.cast<int>();
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+  const jops::Kernels& k = jops::kernels();
+  const auto def = [&m](const char* name, auto kernel) {
+    m.def(name, kernel, py::call_guard<py::gil_scoped_release>());
+  };
+  def("activation", k.activation);
+  def("activation_vjp", k.activation_vjp);
+  def("activation_jvp", k.activation_jvp);
+  def("activation_vjp_vjp", k.activation_vjp_vjp);
+  def("activation_vjp_jvp", k.activation_vjp_jvp);
+  def("dropout", k.dropout);
+  def("dropout_add", k.dropout_add);
+  def("softmax", k.softmax);
+  def("softmax_vjp", k.softmax_vjp);
+  def("softmax_jvp", k.softmax_jvp);
+  def("softmax_vjp_vjp", k.softmax_vjp_vjp);
+  def("softmax_vjp_jvp", k.softmax_vjp_jvp);
+  def("log_softmax", k.log_softmax);
+  def("log_softmax_vjp", k.log_softmax_vjp);
+  def("log_softmax_tangent", k.log_softmax_tangent);
+  def("log_softmax_jvp", k.log_softmax_jvp);
+  def("log_softmax_vjp_vjp", k.log_softmax_vjp_vjp);
+  def("log_softmax_vjp_jvp", k.log_softmax_vjp_jvp);
+  def("softmax_dropout", k.softmax_dropout);
+  def("softmax_dropout_vjp", k.softmax_dropout_vjp);
+  def("softmax_dropout_jvp", k.softmax_dropout_jvp);
+  def("linear", k.linear);
+  def("linear_act_dropout", k.linear_act_dropout);
+  def("column_sum", k.column_sum);
+
+  m.attr("version") = JOPS_VERSION;
+  m.def("isa", jops::isa);
+  m.def("available_isas", jops::available_isas);
+  m.def("compiler", jops::compiler);
+  m.def("openmp", [] {
+    const jops::OpenMp facts = jops::openmp();
+    py::dict d;
+    d["library"] = facts.library;
+    d["version"] = facts.version;
+    d["max_threads"] = facts.max_threads;
+    return d;
+  });
+  m.def("dtypes", [] {
+    py::dict d;
+    for (int code = 0; code < 4; ++code) d[jops::dtype_name(static_cast<jops::Dtype>(code))] = code;
+    return d;
+  });
+  m.def("activations", [] {
+    py::dict d;
+    for (int code = 0; code < static_cast<int>(jops::Activation::kCount); ++code) {
+      d[jops::activation_name(static_cast<jops::Activation>(code))] = code;
+    }
+    return d;
+  });
+}

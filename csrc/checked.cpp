@@ -1,0 +1,413 @@
+#include "checked.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "core.h"
+
+namespace jops {
+namespace {
+
+Kernels run;  // the unchecked kernels
+
+// One call's checks: remembers the op's name and the tensor that the others are compared with.
+class Check {
+ public:
+  Check(const char* op, const Exec& exec) : op_(op) {
+    if (exec.threads < 1) fail("threads", "at least 1", std::to_string(exec.threads));
+  }
+
+  [[noreturn]] void fail(const char* argument, const std::string& allowed,
+                         const std::string& got) const {
+    throw std::invalid_argument(std::string(op_) + ": " + argument + ": allowed " + allowed +
+                                ", got " + got);
+  }
+
+  void dtype(const char* name, Dtype d) const {
+    if (static_cast<int>(d) < 0 || static_cast<int>(d) > 3) {
+      fail(name, "dtype 0 to 3", std::to_string(static_cast<int>(d)));
+    }
+  }
+
+  void buffer(const char* name, const Buffer& b) const {
+    dtype(name, b.dtype);
+    if (b.size < 0) fail(name, "a size of at least 0", "none");
+    if (b.size > 0 && b.data == nullptr) fail(name, "a pointer", "null");
+  }
+
+  // The first buffer of a call, and the others, which must agree with it.
+  void first(const char* name, const Buffer& b) {
+    buffer(name, b);
+    name_ = name;
+    first_ = b;
+  }
+  void like_first(const char* name, const Buffer& b) const {
+    buffer(name, b);
+    if (b.size != first_.size) {
+      fail(name, std::to_string(first_.size) + " elements as " + name_, std::to_string(b.size));
+    }
+    same_dtype(name, b.dtype);
+  }
+  void optional(const char* name, const Buffer& b) const {
+    if (b.given()) like_first(name, b);
+  }
+  void same_dtype(const char* name, Dtype d) const {
+    if (d != first_.dtype) {
+      fail(name, std::string(dtype_name(first_.dtype)) + " as " + name_, dtype_name(d));
+    }
+  }
+
+  void one_of(const char* name, const Buffer& a, const Buffer& b) const {
+    if (!a.given() && !b.given()) fail(name, "at least one of the two", "neither");
+  }
+
+  void act(const Act& act) const {
+    const int code = static_cast<int>(act.code), count = static_cast<int>(Activation::kCount);
+    if (code < 0 || code >= count) {
+      fail("act", "codes 0 to " + std::to_string(count - 1), std::to_string(code));
+    }
+  }
+
+  void order(int order, int highest) const {
+    if (order < 1 || order > highest) {
+      fail("order", "1 to " + std::to_string(highest), std::to_string(order));
+    }
+  }
+
+  void mask(const Mask& m, std::int64_t size) const {
+    if (!m.given()) return;
+    if (!(m.p >= 0 && m.p <= 1)) fail("mask", "p in [0, 1]", std::to_string(m.p));
+    if (m.seeds == nullptr) fail("mask", "a pointer to seeds", "null");
+    if (size % m.batch != 0) {
+      fail("mask", "a batch that divides " + std::to_string(size), std::to_string(m.batch));
+    }
+  }
+
+  void rows(const Rows& r) const {
+    if (!std::isfinite(r.scale) || r.scale == 0) {
+      fail("rows", "a finite scale other than 0", std::to_string(r.scale));
+    }
+    std::int64_t product = 0;
+    if (r.outer < 0 || r.n < 0 || r.inner < 0 ||
+        __builtin_mul_overflow(r.outer, r.n, &product) ||
+        __builtin_mul_overflow(product, r.inner, &product) || product != first_.size) {
+      fail("rows", "extents whose product is " + std::to_string(first_.size),
+           std::to_string(r.outer) + " x " + std::to_string(r.n) + " x " +
+               std::to_string(r.inner));
+    }
+  }
+
+  void matrix(const char* name, const Matrix& m) const {
+    dtype(name, m.dtype);
+    if (m.batch < 0 || m.rows < 0 || m.cols < 0) fail(name, "extents of at least 0", "less");
+    if (m.batch_stride < 0 || m.row_stride < 0 || m.col_stride < 0) {
+      fail(name, "strides of at least 0", "less");
+    }
+    if (empty(m)) return;
+    if (m.data == nullptr) fail(name, "a pointer", "null");
+    std::int64_t last = 0;
+    if (add_product(m.batch - 1, m.batch_stride, &last) ||
+        add_product(m.rows - 1, m.row_stride, &last) ||
+        add_product(m.cols - 1, m.col_stride, &last) || last >= m.extent) {
+      fail(name, "strides within its " + std::to_string(m.extent) + " elements", "beyond");
+    }
+  }
+  void first(const char* name, const Matrix& m) {
+    matrix(name, m);
+    name_ = name;
+    first_ = {m.data, m.extent, m.dtype};
+  }
+  // An output may not be written twice.
+  void output(const char* name, const Matrix& m, std::int64_t batch, std::int64_t rows,
+              std::int64_t cols) const {
+    matrix(name, m);
+    same_dtype(name, m.dtype);
+    extent(name, "batch", m.batch, batch);
+    extent(name, "rows", m.rows, rows);
+    extent(name, "cols", m.cols, cols);
+    if ((m.batch > 1 && m.batch_stride == 0) || (m.rows > 1 && m.row_stride == 0) ||
+        (m.cols > 1 && m.col_stride == 0)) {
+      fail(name, "strides above 0", "0");
+    }
+  }
+  void extent(const char* name, const char* which, std::int64_t got, std::int64_t wanted) const {
+    if (got != wanted) {
+      fail(name, std::string(which) + " " + std::to_string(wanted), std::to_string(got));
+    }
+  }
+
+  static bool empty(const Matrix& m) { return m.batch == 0 || m.rows == 0 || m.cols == 0; }
+
+ private:
+  static bool add_product(std::int64_t a, std::int64_t b, std::int64_t* sum) {
+    std::int64_t product = 0;
+    return __builtin_mul_overflow(a, b, &product) || __builtin_add_overflow(*sum, product, sum);
+  }
+
+  const char* op_;
+  const char* name_ = "";
+  Buffer first_;
+};
+
+struct Named {
+  const char* name;
+  const Buffer& buffer;
+};
+
+// Checks that all buffers agree; true if there is nothing to do.
+bool elementwise(Check& check, std::initializer_list<Named> buffers, const Mask& mask = {}) {
+  bool is_first = true;
+  std::int64_t size = 0;
+  for (const Named& b : buffers) {
+    if (is_first) {
+      check.first(b.name, b.buffer);
+      size = b.buffer.size;
+    } else {
+      check.like_first(b.name, b.buffer);
+    }
+    is_first = false;
+  }
+  check.mask(mask, size);
+  return size == 0;
+}
+
+void activation(const Act& act, const Buffer& x, const Buffer& y, const Mask& mask,
+                const Exec& exec) {
+  Check check("activation", exec);
+  check.act(act);
+  if (elementwise(check, {{"x", x}, {"y", y}}, mask)) return;
+  run.activation(act, x, y, mask, exec);
+}
+
+void activation_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy, const Buffer& gx,
+                    const Mask& mask, const Exec& exec) {
+  Check check("activation_vjp", exec);
+  check.act(act);
+  check.order(order, 3);
+  if (elementwise(check, {{"x", x}, {"gy", gy}, {"gx", gx}}, mask)) return;
+  run.activation_vjp(act, order, x, gy, gx, mask, exec);
+}
+
+void activation_jvp(const Act& act, const Buffer& x, const Buffer& tx, const Buffer& y,
+                    const Buffer& ty, const Mask& mask, const Exec& exec) {
+  Check check("activation_jvp", exec);
+  check.act(act);
+  if (elementwise(check, {{"x", x}, {"tx", tx}, {"y", y}, {"ty", ty}}, mask)) return;
+  run.activation_jvp(act, x, tx, y, ty, mask, exec);
+}
+
+void activation_vjp_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy,
+                        const Buffer& h, const Buffer& hx, const Buffer& hgy, const Mask& mask,
+                        const Exec& exec) {
+  Check check("activation_vjp_vjp", exec);
+  check.act(act);
+  check.order(order, 2);
+  if (elementwise(check, {{"x", x}, {"gy", gy}, {"h", h}, {"hx", hx}, {"hgy", hgy}}, mask)) return;
+  run.activation_vjp_vjp(act, order, x, gy, h, hx, hgy, mask, exec);
+}
+
+void activation_vjp_jvp(const Act& act, int order, const Buffer& x, const Buffer& gy,
+                        const Buffer& tx, const Buffer& tgy, const Buffer& gx, const Buffer& tgx,
+                        const Mask& mask, const Exec& exec) {
+  Check check("activation_vjp_jvp", exec);
+  check.act(act);
+  check.order(order, 2);
+  check.one_of("tx, tgy", tx, tgy);
+  const bool empty = elementwise(check, {{"x", x}, {"gy", gy}, {"gx", gx}, {"tgx", tgx}}, mask);
+  check.optional("tx", tx);
+  check.optional("tgy", tgy);
+  if (empty) return;
+  run.activation_vjp_jvp(act, order, x, gy, tx, tgy, gx, tgx, mask, exec);
+}
+
+void dropout(const Buffer& x, const Buffer& y, const Mask& mask, const Exec& exec) {
+  Check check("dropout", exec);
+  if (elementwise(check, {{"x", x}, {"y", y}}, mask)) return;
+  run.dropout(x, y, mask, exec);
+}
+
+void dropout_add(const Buffer& x, const Buffer& residual, const Buffer& y, const Mask& mask,
+                 const Exec& exec) {
+  Check check("dropout_add", exec);
+  if (elementwise(check, {{"x", x}, {"residual", residual}, {"y", y}}, mask)) return;
+  run.dropout_add(x, residual, y, mask, exec);
+}
+
+bool by_rows(Check& check, const Rows& rows, std::initializer_list<Named> buffers,
+             const Mask& mask = {}) {
+  const bool empty = elementwise(check, buffers, mask);
+  check.rows(rows);
+  return empty;
+}
+
+void softmax(const Rows& rows, const Buffer& x, const Buffer& y, const Exec& exec) {
+  Check check("softmax", exec);
+  if (by_rows(check, rows, {{"x", x}, {"y", y}})) return;
+  run.softmax(rows, x, y, exec);
+}
+
+void softmax_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& gx,
+                 const Exec& exec) {
+  Check check("softmax_vjp", exec);
+  if (by_rows(check, rows, {{"y", y}, {"gy", gy}, {"gx", gx}})) return;
+  run.softmax_vjp(rows, y, gy, gx, exec);
+}
+
+void softmax_jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y,
+                 const Buffer& ty, const Exec& exec) {
+  Check check("softmax_jvp", exec);
+  if (by_rows(check, rows, {{"x", x}, {"tx", tx}, {"y", y}, {"ty", ty}})) return;
+  run.softmax_jvp(rows, x, tx, y, ty, exec);
+}
+
+void softmax_vjp_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& h,
+                     const Buffer& hy, const Buffer& hgy, const Exec& exec) {
+  Check check("softmax_vjp_vjp", exec);
+  if (by_rows(check, rows, {{"y", y}, {"gy", gy}, {"h", h}, {"hy", hy}, {"hgy", hgy}})) return;
+  run.softmax_vjp_vjp(rows, y, gy, h, hy, hgy, exec);
+}
+
+void softmax_vjp_jvp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& ty,
+                     const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec& exec) {
+  Check check("softmax_vjp_jvp", exec);
+  check.one_of("ty, tgy", ty, tgy);
+  const bool empty = by_rows(check, rows, {{"y", y}, {"gy", gy}, {"gx", gx}, {"tgx", tgx}});
+  check.optional("ty", ty);
+  check.optional("tgy", tgy);
+  if (empty) return;
+  run.softmax_vjp_jvp(rows, y, gy, ty, tgy, gx, tgx, exec);
+}
+
+void log_softmax(const Rows& rows, const Buffer& x, const Buffer& y, const Exec& exec) {
+  Check check("log_softmax", exec);
+  if (by_rows(check, rows, {{"x", x}, {"y", y}})) return;
+  run.log_softmax(rows, x, y, exec);
+}
+
+void log_softmax_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& gx,
+                     const Exec& exec) {
+  Check check("log_softmax_vjp", exec);
+  if (by_rows(check, rows, {{"y", y}, {"gy", gy}, {"gx", gx}})) return;
+  run.log_softmax_vjp(rows, y, gy, gx, exec);
+}
+
+void log_softmax_tangent(const Rows& rows, const Buffer& y, const Buffer& tx, const Buffer& ty,
+                         const Exec& exec) {
+  Check check("log_softmax_tangent", exec);
+  if (by_rows(check, rows, {{"y", y}, {"tx", tx}, {"ty", ty}})) return;
+  run.log_softmax_tangent(rows, y, tx, ty, exec);
+}
+
+void log_softmax_jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y,
+                     const Buffer& ty, const Exec& exec) {
+  Check check("log_softmax_jvp", exec);
+  if (by_rows(check, rows, {{"x", x}, {"tx", tx}, {"y", y}, {"ty", ty}})) return;
+  run.log_softmax_jvp(rows, x, tx, y, ty, exec);
+}
+
+void log_softmax_vjp_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& h,
+                         const Buffer& hy, const Buffer& hgy, const Exec& exec) {
+  Check check("log_softmax_vjp_vjp", exec);
+  if (by_rows(check, rows, {{"y", y}, {"gy", gy}, {"h", h}, {"hy", hy}, {"hgy", hgy}})) return;
+  run.log_softmax_vjp_vjp(rows, y, gy, h, hy, hgy, exec);
+}
+
+void log_softmax_vjp_jvp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& ty,
+                         const Buffer& tgy, const Buffer& gx, const Buffer& tgx,
+                         const Exec& exec) {
+  Check check("log_softmax_vjp_jvp", exec);
+  check.one_of("ty, tgy", ty, tgy);
+  const bool empty = by_rows(check, rows, {{"y", y}, {"gy", gy}, {"gx", gx}, {"tgx", tgx}});
+  check.optional("ty", ty);
+  check.optional("tgy", tgy);
+  if (empty) return;
+  run.log_softmax_vjp_jvp(rows, y, gy, ty, tgy, gx, tgx, exec);
+}
+
+void softmax_dropout(const Rows& rows, const Buffer& x, const Buffer& y, const Mask& mask,
+                     const Exec& exec) {
+  Check check("softmax_dropout", exec);
+  if (by_rows(check, rows, {{"x", x}, {"y", y}}, mask)) return;
+  run.softmax_dropout(rows, x, y, mask, exec);
+}
+
+void softmax_dropout_vjp(const Rows& rows, const Buffer& x, const Buffer& gy, const Buffer& gx,
+                         const Mask& mask, const Exec& exec) {
+  Check check("softmax_dropout_vjp", exec);
+  if (by_rows(check, rows, {{"x", x}, {"gy", gy}, {"gx", gx}}, mask)) return;
+  run.softmax_dropout_vjp(rows, x, gy, gx, mask, exec);
+}
+
+void softmax_dropout_jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y,
+                         const Buffer& ty, const Mask& mask, const Exec& exec) {
+  Check check("softmax_dropout_jvp", exec);
+  if (by_rows(check, rows, {{"x", x}, {"tx", tx}, {"y", y}, {"ty", ty}}, mask)) return;
+  run.softmax_dropout_jvp(rows, x, tx, y, ty, mask, exec);
+}
+
+// y (B, M, N) = x (B, M, K) w (B, N, K)^T + bias (B N, or N); a batch of 1 broadcasts.
+void products(Check& check, const Matrix& x, const Matrix& w, const Buffer& bias,
+              const Matrix& y) {
+  check.first("x", x);
+  check.matrix("w", w);
+  check.same_dtype("w", w.dtype);
+  check.extent("w", "cols", w.cols, x.cols);
+  if (x.batch != 1) check.extent("x", "batch", x.batch, y.batch);
+  if (w.batch != 1) check.extent("w", "batch", w.batch, y.batch);
+  check.output("y", y, y.batch, x.rows, w.rows);
+  if (!bias.given()) return;
+  check.buffer("bias", bias);
+  check.same_dtype("bias", bias.dtype);
+  if (bias.size != w.rows && bias.size != y.batch * w.rows) {
+    check.fail("bias", std::to_string(w.rows) + " elements, or as many for each of the batch",
+               std::to_string(bias.size));
+  }
+}
+
+void linear(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y, bool accumulate,
+            const Exec& exec) {
+  Check check("linear", exec);
+  products(check, x, w, bias, y);
+  if (Check::empty(y)) return;
+  run.linear(x, w, bias, y, accumulate, exec);
+}
+
+void linear_act_dropout(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
+                        const Matrix& z, const Act& act, const Mask& mask, const Exec& exec) {
+  Check check("linear_act_dropout", exec);
+  products(check, x, w, bias, y);
+  if (z.given()) check.output("z", z, y.batch, y.rows, y.cols);
+  check.act(act);
+  if (mask.given()) check.extent("mask", "batch", mask.batch, y.batch);
+  if (Check::empty(y)) return;
+  check.mask(mask, y.batch * y.rows * y.cols);
+  run.linear_act_dropout(x, w, bias, y, z, act, mask, exec);
+}
+
+void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
+  Check check("column_sum", exec);
+  check.first("x", x);
+  check.buffer("y", y);
+  check.same_dtype("y", y.dtype);
+  check.extent("y", "elements", y.size, x.batch * x.cols);
+  if (y.size == 0) return;
+  run.column_sum(x, y, exec);
+}
+
+}  // namespace
+
+Kernels checked(const Kernels& unchecked) {
+  run = unchecked;
+  return {activation,          activation_vjp,      activation_jvp,
+          activation_vjp_vjp,  activation_vjp_jvp,  dropout,
+          dropout_add,         softmax,             softmax_vjp,
+          softmax_jvp,         softmax_vjp_vjp,     softmax_vjp_jvp,
+          log_softmax,         log_softmax_vjp,     log_softmax_tangent,
+          log_softmax_jvp,     log_softmax_vjp_vjp, log_softmax_vjp_jvp,
+          softmax_dropout,     softmax_dropout_vjp, softmax_dropout_jvp,
+          linear,              linear_act_dropout,  column_sum};
+}
+
+}  // namespace jops

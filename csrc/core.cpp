@@ -1,0 +1,148 @@
+#include "core.h"
+
+#include <dlfcn.h>
+#include <omp.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "checked.h"
+#include "isa.h"
+
+namespace jops {
+
+#define JOPS_DECLARE(name) \
+  namespace name {         \
+  Kernels table();         \
+  }
+JOPS_FOR_EACH_ISA(JOPS_DECLARE)
+#undef JOPS_DECLARE
+
+namespace {
+
+bool runs(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(name, "avx2")) return avx2;
+  if (!std::strcmp(name, "avx512")) return avx512;
+  if (!std::strcmp(name, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  (void)name;
+  return true;
+}
+
+struct Isa {
+  std::string name;
+  Kernels (*table)();
+};
+
+std::vector<Isa> runnable() {
+  std::vector<Isa> isas;
+#define JOPS_ADD(name) \
+  if (runs(#name)) isas.push_back({#name, name::table});
+  JOPS_FOR_EACH_ISA(JOPS_ADD)
+#undef JOPS_ADD
+  return isas;
+}
+
+Isa choose() {
+  const std::vector<Isa> isas = runnable();
+  const char* wanted = std::getenv("JACOBIAN_OPS_ISA");
+  if (wanted == nullptr || *wanted == '\0') return isas.back();
+  std::string names;
+  for (const Isa& isa : isas) {
+    if (isa.name == wanted) return isa;
+    names += (names.empty() ? "" : ", ") + isa.name;
+  }
+  throw std::runtime_error("JACOBIAN_OPS_ISA: this build and machine run " + names + ", got " +
+                           wanted);
+}
+
+const Isa& chosen() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels table = checked(chosen().table());
+  return table;
+}
+
+const std::string& isa() { return chosen().name; }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : runnable()) names.push_back(isa.name);
+  return names;
+}
+
+OpenMp openmp() {
+  Dl_info info{};
+  const int found = dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &info);
+  return {found && info.dli_fname ? info.dli_fname : "", _OPENMP, omp_get_max_threads()};
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return std::string("Clang ") + __clang_version__;
+#else
+  return std::string("GCC ") + __VERSION__;
+#endif
+}
+
+const char* activation_name(Activation code) {
+  switch (code) {
+    case Activation::kIdentity: return "identity";
+    case Activation::kRelu: return "relu";
+    case Activation::kLeakyRelu: return "leaky_relu";
+    case Activation::kElu: return "elu";
+    case Activation::kHardtanh: return "hardtanh";
+    case Activation::kSigmoid: return "sigmoid";
+    case Activation::kTanh: return "tanh";
+    case Activation::kGelu: return "gelu";
+    case Activation::kGeluTanh: return "gelu_tanh";
+    case Activation::kSilu: return "silu";
+    case Activation::kSoftplus: return "softplus";
+    case Activation::kMish: return "mish";
+    case Activation::kHardswish: return "hardswish";
+    case Activation::kHardsigmoid: return "hardsigmoid";
+    case Activation::kLogsigmoid: return "logsigmoid";
+    case Activation::kSigmoidY: return "sigmoid_y";
+    case Activation::kTanhY: return "tanh_y";
+    case Activation::kEluY: return "elu_y";
+    case Activation::kCount: break;
+  }
+  return "";
+}
+
+const char* dtype_name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32: return "float32";
+    case Dtype::kFloat64: return "float64";
+    case Dtype::kBfloat16: return "bfloat16";
+    case Dtype::kFloat16: return "float16";
+  }
+  return "unknown";
+}
+
+std::int64_t stream_threshold() {
+  static const std::int64_t bytes = [] {
+    long cache = -1;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return cache > 0 ? cache / 2 : 16 << 20;
+  }();
+  return bytes;
+}
+
+}  // namespace jops

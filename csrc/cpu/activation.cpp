@@ -1,0 +1,280 @@
+// Elementwise activations: value, derivatives of three orders, JVP, and what double backward needs.
+//
+// The formulas are in math/activations.h. A kernel for float and one for double run over plain arrays; 16-bit
+// types, the dropout mask and outputs that bypass the caches go through blocks in L1 around the same kernel:
+// one more instantiation for each of them would cost compile time and save nothing, as memory is the limit.
+#include "../math/activations.h"
+
+#include "blocks.h"
+
+namespace jops::JOPS_ISA {
+namespace {
+
+// The products: inputs in[] (in[0] is x) and outputs out[], given the jet at x.
+struct Value {
+  static constexpr int kIn = 1, kOut = 1;
+  template <class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V*, V* out) {
+    out[0] = j.f;
+  }
+};
+
+template <int kOrder, class V>
+JOPS_HD V derivative(const Jet<V>& j) {
+  return kOrder == 1 ? j.d1 : kOrder == 2 ? j.d2 : j.d3;
+}
+
+template <int kOrder>
+struct Vjp {  // x, gy -> gx
+  static constexpr int kIn = 2, kOut = 1;
+  template <class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = derivative<kOrder>(j) * in[1];
+  }
+};
+
+struct Jvp {  // x, tx -> y, ty
+  static constexpr int kIn = 2, kOut = 2;
+  template <class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = j.f;
+    out[1] = j.d1 * in[1];
+  }
+};
+
+template <int kOrder>
+struct VjpVjp {  // x, gy, h -> hx, hgy
+  static constexpr int kIn = 3, kOut = 2;
+  template <class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = derivative<kOrder + 1>(j) * in[1] * in[2];
+    out[1] = derivative<kOrder>(j) * in[2];
+  }
+};
+
+template <int kOrder, bool kTgy>
+struct VjpJvp {  // x, gy, tx[, tgy] -> gx, tgx
+  static constexpr int kIn = kTgy ? 4 : 3, kOut = 2;
+  template <class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = derivative<kOrder>(j) * in[1];
+    out[1] = derivative<kOrder + 1>(j) * in[1] * in[2];
+    if constexpr (kTgy) out[1] = fma(derivative<kOrder>(j), in[3], out[1]);
+  }
+};
+
+template <class T>
+using Kernel = void (*)(const Act&, const T* const* in, T* const* out, std::int64_t n);
+
+// One vector at element i: its loads, the jet, its stores. The tail is the same with n < kLanes elements.
+template <class F, class Op, class T>
+struct Element {
+  using V = Vec<T>;
+  V in[Op::kIn], out[Op::kOut];
+
+  JOPS_HD void apply(const Params<V>& params) {
+    Op::apply(F::template jet<V>(in[0], params), in, out);
+  }
+};
+
+constexpr int kAhead = 4096;  // bytes: far enough for memory, near enough for L1
+
+template <class F, class Op, class T>
+void run(const Act& act, const T* const* ins, T* const* outs, std::int64_t n) {
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes, kUnroll = 2;
+  const Params<V> params{V(act.a), V(act.b), V(act.c)};
+  const T* in[Op::kIn];
+  T* out[Op::kOut];
+  for (int k = 0; k < Op::kIn; ++k) in[k] = ins[k];
+  for (int k = 0; k < Op::kOut; ++k) out[k] = outs[k];
+
+  Element<F, Op, T> e[kUnroll];
+  std::int64_t i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma GCC unroll 4
+      for (int k = 0; k < Op::kIn; ++k) {
+        prefetch(reinterpret_cast<const char*>(in[k] + i + u * kLanes) + kAhead);
+        e[u].in[k] = load(in[k] + i + u * kLanes);
+      }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) e[u].apply(params);
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma GCC unroll 4
+      for (int k = 0; k < Op::kOut; ++k) store(out[k] + i + u * kLanes, e[u].out[k]);
+    }
+  }
+  for (; i < n; i += kLanes) {
+    const int count = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    for (int k = 0; k < Op::kIn; ++k) e[0].in[k] = load_n(in[k] + i, count);
+    e[0].apply(params);
+    for (int k = 0; k < Op::kOut; ++k) store_n(out[k] + i, e[0].out[k], count);
+  }
+}
+
+// Calls f(F()) with the activation's struct.
+template <class Result, class Callback>
+Result with_activation(Activation code, const Callback& f) {
+  switch (code) {
+    case Activation::kRelu: return f(Relu());
+    case Activation::kLeakyRelu: return f(LeakyRelu());
+    case Activation::kElu: return f(Elu());
+    case Activation::kHardtanh: return f(Hardtanh());
+    case Activation::kSigmoid: return f(Sigmoid());
+    case Activation::kTanh: return f(Tanh());
+    case Activation::kGelu: return f(Gelu());
+    case Activation::kGeluTanh: return f(GeluTanh());
+    case Activation::kSilu: return f(Silu());
+    case Activation::kSoftplus: return f(Softplus());
+    case Activation::kMish: return f(Mish());
+    case Activation::kHardswish: return f(Hardswish());
+    case Activation::kHardsigmoid: return f(Hardsigmoid());
+    case Activation::kLogsigmoid: return f(Logsigmoid());
+    case Activation::kSigmoidY: return f(SigmoidY());
+    case Activation::kTanhY: return f(TanhY());
+    case Activation::kEluY: return f(EluY());
+    case Activation::kIdentity:
+    case Activation::kCount: break;
+  }
+  return f(Identity());
+}
+
+template <class Op, class T>
+Kernel<T> pick(Activation code) {
+  return with_activation<Kernel<T>>(code, [](auto f) -> Kernel<T> { return run<decltype(f), Op, T>; });
+}
+
+// Runs the kernel over whole buffers in tasks of fixed size.
+template <class Op, class A>
+void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
+            const Mask& mask, const Exec& exec) {
+  constexpr std::int64_t kTask = 16 * kBlock;
+  const Kernel<A> kernel = pick<Op, A>(act.code);
+  const std::int64_t size = in[0].size;
+  const Dtype dtype = in[0].dtype;
+  const std::int64_t width = size_of(dtype);
+  const bool converts = width != sizeof(A);
+  const bool streams = should_stream(Op::kOut * size * width);
+
+  parallel((size + kTask - 1) / kTask, useful_threads(size, exec.threads), [&](std::int64_t task) {
+    const std::int64_t begin = task * kTask, end = begin + kTask < size ? begin + kTask : size;
+    const A* x[Op::kIn];
+    A* y[Op::kOut];
+    if (!converts && !streams && !mask.given()) {
+      for (int k = 0; k < Op::kIn; ++k) x[k] = static_cast<const A*>(in[k].data) + begin;
+      for (int k = 0; k < Op::kOut; ++k) y[k] = static_cast<A*>(out[k].data) + begin;
+      kernel(act, x, y, end - begin);
+      return;
+    }
+    alignas(64) A x_block[Op::kIn][kBlock], y_block[Op::kOut][kBlock], m[kBlock];
+    alignas(64) char narrow[2 * kBlock];  // a block of 16-bit outputs
+    for (std::int64_t first = begin; first < end; first += kBlock) {
+      const std::int64_t n = end - first < kBlock ? end - first : kBlock;
+      for (int k = 0; k < Op::kIn; ++k) {
+        x[k] = x_block[k];
+        if (converts) load_block(dtype, in[k].data, first, x_block[k], n);
+        else x[k] = static_cast<const A*>(in[k].data) + first;
+      }
+      for (int k = 0; k < Op::kOut; ++k) y[k] = y_block[k];
+      kernel(act, x, y, n);
+      if (mask.given()) dropout_range(mask, size, first, m, n);
+      for (int k = 0; k < Op::kOut; ++k) {
+        if (mask.given()) {
+          for (std::int64_t i = 0; i < n; ++i) y[k][i] *= m[i];
+        }
+        if (!streams) {
+          store_block(dtype, out[k].data, first, y[k], n);
+          continue;
+        }
+        const void* from = y[k];
+        if (converts) {
+          store_block(dtype, narrow, 0, y[k], n);
+          from = narrow;
+        }
+        stream_copy(static_cast<char*>(out[k].data) + first * width, from, n * width);
+      }
+    }
+    if (streams) stream_fence();
+  });
+}
+
+template <class Op>
+void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
+            const Mask& mask, const Exec& exec) {
+  if (in[0].dtype == Dtype::kFloat64) launch<Op, double>(act, in, out, mask, exec);
+  else launch<Op, float>(act, in, out, mask, exec);
+}
+
+void activation(const Act& act, const Buffer& x, const Buffer& y, const Mask& mask,
+                const Exec& exec) {
+  launch<Value>(act, {x}, {y}, mask, exec);
+}
+
+void activation_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy, const Buffer& gx,
+                    const Mask& mask, const Exec& exec) {
+  if (order == 1) return launch<Vjp<1>>(act, {x, gy}, {gx}, mask, exec);
+  if (order == 2) return launch<Vjp<2>>(act, {x, gy}, {gx}, mask, exec);
+  launch<Vjp<3>>(act, {x, gy}, {gx}, mask, exec);
+}
+
+void activation_jvp(const Act& act, const Buffer& x, const Buffer& tx, const Buffer& y,
+                    const Buffer& ty, const Mask& mask, const Exec& exec) {
+  launch<Jvp>(act, {x, tx}, {y, ty}, mask, exec);
+}
+
+void activation_vjp_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy,
+                        const Buffer& h, const Buffer& hx, const Buffer& hgy, const Mask& mask,
+                        const Exec& exec) {
+  if (order == 1) launch<VjpVjp<1>>(act, {x, gy, h}, {hx, hgy}, mask, exec);
+  else launch<VjpVjp<2>>(act, {x, gy, h}, {hx, hgy}, mask, exec);
+}
+
+template <int kOrder>
+void vjp_jvp(const Act& act, const Buffer& x, const Buffer& gy, const Buffer& tx,
+             const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Mask& mask,
+             const Exec& exec) {
+  if (!tx.given()) {  // linear in the cotangent: two products
+    launch<Vjp<kOrder>>(act, {x, gy}, {gx}, mask, exec);
+    launch<Vjp<kOrder>>(act, {x, tgy}, {tgx}, mask, exec);
+  } else if (tgy.given()) {
+    launch<VjpJvp<kOrder, true>>(act, {x, gy, tx, tgy}, {gx, tgx}, mask, exec);
+  } else {
+    launch<VjpJvp<kOrder, false>>(act, {x, gy, tx}, {gx, tgx}, mask, exec);
+  }
+}
+
+void activation_vjp_jvp(const Act& act, int order, const Buffer& x, const Buffer& gy,
+                        const Buffer& tx, const Buffer& tgy, const Buffer& gx, const Buffer& tgx,
+                        const Mask& mask, const Exec& exec) {
+  if (order == 1) vjp_jvp<1>(act, x, gy, tx, tgy, gx, tgx, mask, exec);
+  else vjp_jvp<2>(act, x, gy, tx, tgy, gx, tgx, mask, exec);
+}
+
+template <class F, class A>
+void value(const Act& act, const A* x, A* y, std::int64_t n) {
+  run<F, Value, A>(act, &x, &y, n);
+}
+
+}  // namespace
+
+template <class A>
+ActivationBlock<A> activation_block(Activation code) {
+  return with_activation<ActivationBlock<A>>(
+      code, [](auto f) -> ActivationBlock<A> { return value<decltype(f), A>; });
+}
+template ActivationBlock<float> activation_block(Activation);
+template ActivationBlock<double> activation_block(Activation);
+
+void register_activation(Kernels& table) {
+  table.activation = activation;
+  table.activation_vjp = activation_vjp;
+  table.activation_jvp = activation_jvp;
+  table.activation_vjp_vjp = activation_vjp_vjp;
+  table.activation_vjp_jvp = activation_vjp_jvp;
+}
+
+}  // namespace jops::JOPS_ISA

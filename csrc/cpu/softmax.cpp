@@ -1,0 +1,361 @@
+// The softmax family over the middle dimension of a contiguous (outer, n, inner) buffer, inner rows strided.
+//
+// inner == 1: a row is contiguous. Three passes (maximum, sums, outputs), of which only the first one meets memory,
+// as a row fits in a cache. inner > 1: strips of columns, walked row by row without a transposed copy: the state of
+// every column is a lane; one online pass for maximum and sums (Milakov and Gimelshein, arXiv:1805.02867), one for
+// outputs. Each column is summed in the same order whatever the strip, so bits depend on neither path nor thread.
+// The formulas are in math/softmax.h.
+#include "../math/softmax.h"
+
+#include "blocks.h"
+
+namespace jops::JOPS_ISA {
+namespace {
+
+constexpr int kMaxIn = 4, kMaxOut = 2;
+
+// One call, with pointers of storage type T.
+template <class T>
+struct Call {
+  const T* in[kMaxIn];
+  T* out[kMaxOut];
+  Rows rows;
+  Mask mask;
+  std::int64_t size;
+  bool streams;
+
+  // Multipliers of elements first..first+n, or ones.
+  template <class A>
+  void multipliers(std::int64_t first, A* m, std::int64_t n) const {
+    if (mask.given()) return dropout_range(mask, size, first, m, n);
+    for (std::int64_t i = 0; i < n; ++i) m[i] = 1;
+  }
+};
+
+// The inputs of one vector of elements. Lanes past the end add nothing to a sum: logits are filled so that e^d = 0.
+template <class Op, class T>
+struct Inputs {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  V in[Op::kIn];
+
+  JOPS_HD void read(const Call<T>& call, std::int64_t at, int count, A fill) {
+#pragma GCC unroll 4
+    for (int k = 0; k < Op::kIn; ++k) {
+      const bool logits = Op::kLogits && k == 0;
+      in[k] = count == V::kLanes ? load(call.in[k] + at)
+                                 : load_n(call.in[k] + at, count, logits ? fill : A(0));
+    }
+  }
+  JOPS_HD V log_like(V scale, V top) const { return Op::kLogits ? scale * in[0] - top : in[0]; }
+};
+
+// f(i, count) for the vectors of n elements; count is a constant in the body.
+template <int kLanes, class F>
+JOPS_HD void for_vectors(std::int64_t n, const F& f) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+template <class Op, class T, bool kMasked>
+void contiguous_row(const Call<T>& call, std::int64_t row) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  constexpr std::int64_t kAhead = 4096 / sizeof(T);
+  const std::int64_t n = call.rows.n, start = row * n;
+  const V scale(static_cast<A>(call.rows.scale));
+  const A fill = call.rows.scale < 0 ? std::numeric_limits<A>::infinity()
+                                     : -std::numeric_limits<A>::infinity();
+  V top(A(0));
+  if constexpr (Op::kLogits) {
+    V a(-std::numeric_limits<A>::infinity()), b = a;
+    const T* x = call.in[0] + start;
+    std::int64_t i = 0;
+    for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
+      prefetch(x + i + kAhead);
+      prefetch(x + i + V::kLanes + kAhead);
+      a = max(a, scale * load(x + i));
+      b = max(b, scale * load(x + i + V::kLanes));
+    }
+    for (; i + V::kLanes <= n; i += V::kLanes) a = max(a, scale * load(x + i));
+    if (i < n) b = max(b, scale * load_n(x + i, static_cast<int>(n - i), fill));
+    top = V(max_lane(max(a, b)));
+  }
+
+  alignas(64) A m[kMasked ? kBlock : 1];
+  // Partial sums of a block first, then their sum: the error grows with the number of blocks, not of elements.
+  V sum[Op::kSums];
+  for (V& s : sum) s = V(A(0));
+  for (std::int64_t block = 0; block < n; block += kBlock) {
+    const std::int64_t count = n - block < kBlock ? n - block : kBlock;
+    if constexpr (kMasked) call.multipliers(start + block, m, count);
+    V part[2][Op::kSums];
+    for (auto& p : part)
+      for (V& s : p) s = V(A(0));
+    Inputs<Op, T> e;
+    const auto add = [&](std::int64_t i, int lanes, V* to) {
+      e.read(call, start + block + i, lanes, fill);
+      Op::add(e.in, e.log_like(scale, top), kMasked ? load(m + i) : V(A(1)), to);
+    };
+    std::int64_t i = 0;
+    for (; i + 2 * V::kLanes <= count; i += 2 * V::kLanes) {
+      if constexpr (!Op::kLogits || Op::kIn > 1) {
+#pragma GCC unroll 4
+        for (int k = Op::kLogits; k < Op::kIn; ++k) {
+          prefetch(call.in[k] + start + block + i + kAhead);
+          prefetch(call.in[k] + start + block + i + V::kLanes + kAhead);
+        }
+      }
+      add(i, V::kLanes, part[0]);
+      add(i + V::kLanes, V::kLanes, part[1]);
+    }
+    for (; i + V::kLanes <= count; i += V::kLanes) add(i, V::kLanes, part[0]);
+    if (i < count) add(i, static_cast<int>(count - i), part[1]);
+    for (int s = 0; s < Op::kSums; ++s) sum[s] += part[0][s] + part[1][s];
+  }
+  for (V& s : sum) s = V(jops::JOPS_ISA::sum(s));
+  Op::finish(sum);
+
+  alignas(64) T stage[Op::kOut][kBlock];
+  for (std::int64_t block = 0; block < n; block += kBlock) {
+    const std::int64_t count = n - block < kBlock ? n - block : kBlock, at = start + block;
+    if (kMasked && n > kBlock) call.multipliers(at, m, count);
+    T* to[Op::kOut];
+    for (int k = 0; k < Op::kOut; ++k) to[k] = call.streams ? stage[k] : call.out[k] + at;
+    for_vectors<V::kLanes>(count, [&](std::int64_t i, int lanes) {
+      Inputs<Op, T> e;
+      e.read(call, at + i, lanes, fill);
+      V out[Op::kOut];
+      Op::emit(e.in, e.log_like(scale, top), kMasked ? load(m + i) : V(A(1)), sum, scale, out);
+#pragma GCC unroll 2
+      for (int k = 0; k < Op::kOut; ++k) {
+        if (lanes == V::kLanes) store(to[k] + i, out[k]);
+        else store_n(to[k] + i, out[k], lanes);
+      }
+    });
+    if (call.streams) {
+      for (int k = 0; k < Op::kOut; ++k) {
+        stream_copy(call.out[k] + at, stage[k], count * static_cast<std::int64_t>(sizeof(T)));
+      }
+    }
+  }
+}
+
+constexpr int kStrip = 512;  // columns of a strip at most: its state stays in L1
+constexpr int kDeep = 16;    // rows of a block: one rescaling of the state a block
+
+template <class Op, class T, bool kMasked>
+void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::int64_t width) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  constexpr A kInfinity = std::numeric_limits<A>::infinity();
+  const std::int64_t n = call.rows.n, inner = call.rows.inner;
+  const std::int64_t start = outer * n * inner + column;
+  const V scale(static_cast<A>(call.rows.scale));
+
+  alignas(64) A top[kStrip], sum[Op::kSums][kStrip];
+  for (int j = 0; j < kStrip; ++j) {
+    top[j] = -kInfinity;
+    for (int s = 0; s < Op::kSums; ++s) sum[s][j] = 0;
+  }
+  alignas(64) A m[kMasked ? kDeep : 1][kMasked ? kStrip : 1];
+  const auto draw = [&](std::int64_t row, std::int64_t rows) {
+    if constexpr (kMasked) {
+      for (std::int64_t r = 0; r < rows; ++r) {
+        call.multipliers(start + (row + r) * inner, m[r], width);
+      }
+    }
+  };
+
+  for (std::int64_t row = 0; row < n; row += kDeep) {
+    const std::int64_t rows = n - row < kDeep ? n - row : kDeep;
+    draw(row, rows);
+    for_vectors<V::kLanes>(width, [&](std::int64_t j, int lanes) {
+      const std::int64_t at = start + row * inner + j;
+      Inputs<Op, T> e;
+      V reference(A(0)), part[Op::kSums];
+      for (V& s : part) s = V(A(0));
+      if constexpr (Op::kLogits) {
+        const V before = load(top + j);
+        V now = before;
+        for (std::int64_t r = 0; r < rows; ++r) {
+          prefetch(call.in[0] + at + (r + kDeep) * inner);
+          now = max(now, scale * (lanes == V::kLanes ? load(call.in[0] + at + r * inner)
+                                                     : load_n(call.in[0] + at + r * inner, lanes)));
+        }
+        store(top + j, now);
+        // Nothing but -infinity yet: any finite number serves in its place.
+        reference = select(now == V(-kInfinity), V(A(0)), now);
+        const V factor = exp(before - reference);
+        for (int s = 0; s < Op::kSums; ++s) store(sum[s] + j, factor * load(sum[s] + j));
+      }
+      for (std::int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int k = Op::kLogits; k < Op::kIn; ++k) {
+          prefetch(call.in[k] + at + (r + kDeep) * inner);
+        }
+        e.read(call, at + r * inner, lanes, A(0));
+        Op::add(e.in, e.log_like(scale, reference), kMasked ? load(m[r] + j) : V(A(1)), part);
+      }
+      for (int s = 0; s < Op::kSums; ++s) store(sum[s] + j, load(sum[s] + j) + part[s]);
+    });
+  }
+  for (std::int64_t j = 0; j < width; j += V::kLanes) {
+    V s[Op::kSums];
+    for (int k = 0; k < Op::kSums; ++k) s[k] = load(sum[k] + j);
+    Op::finish(s);
+    for (int k = 0; k < Op::kSums; ++k) store(sum[k] + j, s[k]);
+  }
+
+  alignas(64) T stage[Op::kOut][kStrip];
+  for (std::int64_t row = 0; row < n; ++row) {
+    const std::int64_t at = start + row * inner;
+    draw(row, 1);
+    T* to[Op::kOut];
+    for (int k = 0; k < Op::kOut; ++k) to[k] = call.streams ? stage[k] : call.out[k] + at;
+    for_vectors<V::kLanes>(width, [&](std::int64_t j, int lanes) {
+      Inputs<Op, T> e;
+      V s[Op::kSums], out[Op::kOut];
+#pragma GCC unroll 4
+      for (int k = 0; k < Op::kIn; ++k) prefetch(call.in[k] + at + j + 4 * inner);
+      e.read(call, at + j, lanes, A(0));
+      for (int k = 0; k < Op::kSums; ++k) s[k] = load(sum[k] + j);
+      Op::emit(e.in, e.log_like(scale, load(top + j)), kMasked ? load(m[0] + j) : V(A(1)), s, scale,
+               out);
+#pragma GCC unroll 2
+      for (int k = 0; k < Op::kOut; ++k) {
+        if (lanes == V::kLanes) store(to[k] + j, out[k]);
+        else store_n(to[k] + j, out[k], lanes);
+      }
+    });
+    if (call.streams) {
+      for (int k = 0; k < Op::kOut; ++k) {
+        stream_copy(call.out[k] + at, stage[k], width * static_cast<std::int64_t>(sizeof(T)));
+      }
+    }
+  }
+}
+
+template <class Op, class T, bool kMasked>
+void run(const Call<T>& call, int threads) {
+  const auto [outer, n, inner, scale] = call.rows;
+  threads = useful_threads(call.size, threads);
+  if (inner == 1) {
+    const std::int64_t rows_per_task = n < kBlock ? kBlock / n : 1;
+    const std::int64_t tasks = (outer + rows_per_task - 1) / rows_per_task;
+    const std::int64_t rows = outer;
+    parallel(tasks, threads, [&](std::int64_t task) {
+      const std::int64_t first = task * rows_per_task, last = first + rows_per_task;
+      for (std::int64_t row = first; row < last && row < rows; ++row) {
+        contiguous_row<Op, T, kMasked>(call, row);
+      }
+    });
+  } else {
+    // Narrower strips only where the whole ones would leave a thread without work.
+    std::int64_t width = kStrip;
+    while (width > 64 && outer * ((inner + width - 1) / width) < threads) width /= 2;
+    const std::int64_t strips = (inner + width - 1) / width, columns = inner;
+    parallel(outer * strips, threads, [&](std::int64_t task) {
+      const std::int64_t column = task % strips * width;
+      strip<Op, T, kMasked>(call, task / strips, column,
+                            columns - column < width ? columns - column : width);
+    });
+  }
+  if (call.streams) stream_fence();
+}
+
+template <class Op, bool kMasked = false>
+void launch(const Rows& rows, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
+            const Exec& exec, const Mask& mask = {}) {
+  with_storage(in[0].dtype, [&](auto storage) {
+    using T = decltype(storage);
+    Call<T> call{};
+    for (int k = 0; k < Op::kIn; ++k) call.in[k] = static_cast<const T*>(in[k].data);
+    for (int k = 0; k < Op::kOut; ++k) call.out[k] = static_cast<T*>(out[k].data);
+    call.rows = rows;
+    call.mask = mask;
+    call.size = in[0].size;
+    call.streams = should_stream(Op::kOut * call.size * static_cast<std::int64_t>(sizeof(T)));
+    run<Op, T, kMasked>(call, exec.threads);
+  });
+}
+
+void softmax(const Rows& rows, const Buffer& x, const Buffer& y, const Exec& exec) {
+  launch<SoftmaxRow>(rows, {x}, {y}, exec);
+}
+void softmax_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& gx,
+                 const Exec& exec) {
+  launch<SoftmaxVjpRow>(rows, {y, gy}, {gx}, exec);
+}
+void softmax_jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y,
+                 const Buffer& ty, const Exec& exec) {
+  launch<SoftmaxJvpRow>(rows, {x, tx}, {y, ty}, exec);
+}
+void softmax_vjp_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& h,
+                     const Buffer& hy, const Buffer& hgy, const Exec& exec) {
+  launch<SoftmaxVjpVjpRow>(rows, {y, gy, h}, {hy, hgy}, exec);
+}
+
+// The tangents that are given decide which struct runs.
+template <template <bool, bool> class Row>
+void vjp_jvp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& ty,
+             const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec& exec) {
+  if (!ty.given()) launch<Row<false, true>>(rows, {y, gy, tgy}, {gx, tgx}, exec);
+  else if (!tgy.given()) launch<Row<true, false>>(rows, {y, gy, ty}, {gx, tgx}, exec);
+  else launch<Row<true, true>>(rows, {y, gy, ty, tgy}, {gx, tgx}, exec);
+}
+
+void log_softmax(const Rows& rows, const Buffer& x, const Buffer& y, const Exec& exec) {
+  launch<LogSoftmaxRow>(rows, {x}, {y}, exec);
+}
+void log_softmax_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& gx,
+                     const Exec& exec) {
+  launch<LogSoftmaxVjpRow>(rows, {y, gy}, {gx}, exec);
+}
+void log_softmax_tangent(const Rows& rows, const Buffer& y, const Buffer& tx, const Buffer& ty,
+                         const Exec& exec) {
+  launch<LogSoftmaxTangentRow>(rows, {y, tx}, {ty}, exec);
+}
+void log_softmax_jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y,
+                     const Buffer& ty, const Exec& exec) {
+  launch<LogSoftmaxJvpRow>(rows, {x, tx}, {y, ty}, exec);
+}
+void log_softmax_vjp_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& h,
+                         const Buffer& hy, const Buffer& hgy, const Exec& exec) {
+  launch<LogSoftmaxVjpVjpRow>(rows, {y, gy, h}, {hy, hgy}, exec);
+}
+
+void softmax_dropout(const Rows& rows, const Buffer& x, const Buffer& y, const Mask& mask,
+                     const Exec& exec) {
+  launch<SoftmaxRow, true>(rows, {x}, {y}, exec, mask);
+}
+void softmax_dropout_vjp(const Rows& rows, const Buffer& x, const Buffer& gy, const Buffer& gx,
+                         const Mask& mask, const Exec& exec) {
+  launch<SoftmaxDropoutVjpRow, true>(rows, {x, gy}, {gx}, exec, mask);
+}
+void softmax_dropout_jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y,
+                         const Buffer& ty, const Mask& mask, const Exec& exec) {
+  launch<SoftmaxJvpRow, true>(rows, {x, tx}, {y, ty}, exec, mask);
+}
+
+}  // namespace
+
+void register_softmax(Kernels& table) {
+  table.softmax = softmax;
+  table.softmax_vjp = softmax_vjp;
+  table.softmax_jvp = softmax_jvp;
+  table.softmax_vjp_vjp = softmax_vjp_vjp;
+  table.softmax_vjp_jvp = vjp_jvp<SoftmaxVjpJvpRow>;
+  table.log_softmax = log_softmax;
+  table.log_softmax_vjp = log_softmax_vjp;
+  table.log_softmax_tangent = log_softmax_tangent;
+  table.log_softmax_jvp = log_softmax_jvp;
+  table.log_softmax_vjp_vjp = log_softmax_vjp_vjp;
+  table.log_softmax_vjp_jvp = vjp_jvp<LogSoftmaxVjpJvpRow>;
+  table.softmax_dropout = softmax_dropout;
+  table.softmax_dropout_vjp = softmax_dropout_vjp;
+  table.softmax_dropout_jvp = softmax_dropout_jvp;
+}
+
+}  // namespace jops::JOPS_ISA

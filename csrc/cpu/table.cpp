@@ -1,0 +1,14 @@
+#include "blocks.h"
+
+namespace jops::JOPS_ISA {
+
+Kernels table() {
+  Kernels kernels;
+  register_activation(kernels);
+  register_dropout(kernels);
+  register_softmax(kernels);
+  register_linear(kernels);
+  return kernels;
+}
+
+}  // namespace jops::JOPS_ISA

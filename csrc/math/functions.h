@@ -1,0 +1,146 @@
+// Elementary functions from a few primitives, for float and double, scalar and vector alike.
+// Errors are in units in the last place (ulp).
+#pragma once
+
+#include "common.h"
+
+namespace jops::JOPS_ISA {
+
+template <class A>
+constexpr bool kSingle = std::is_same_v<Scalar<A>, float>;
+
+// c[0] + c[1] x + ... by Horner's rule.
+template <class A, int N>
+JOPS_HD A polynomial(A x, const Scalar<A> (&c)[N]) {
+  A r = A(c[N - 1]);
+#pragma GCC unroll 32
+  for (int i = N - 2; i >= 0; --i) r = fma(r, x, A(c[i]));
+  return r;
+}
+
+// Clamps and keeps NaN.
+template <class A>
+JOPS_HD A clamp(A x, Scalar<A> low, Scalar<A> high) {
+  return max(A(low), min(A(high), x));
+}
+
+// e^x = 2^n (1 + q), q = expm1 of the rest in [-ln2/2, ln2/2].
+template <class A>
+struct ExpParts {
+  A n, q;
+};
+template <class A>
+JOPS_HD ExpParts<A> exp_parts(A x) {
+  using T = Scalar<A>;
+  // Beyond these bounds the result is 0 or infinity; inside them n is in the range of scale2.
+  x = clamp(x, T(kSingle<A> ? -104.5 : -746), T(kSingle<A> ? 89 : 710));
+  const A n = round_even(x * A(T(1.4426950408889634074)));
+  // ln 2 in two parts, the first short enough for n times it to be exact.
+  A r = fma(n, A(T(kSingle<A> ? -0.693359375 : -0.693147180369123816490)), x);
+  r = fma(n, A(T(kSingle<A> ? 2.12194440e-4 : -1.90821492927058770002e-10)), r);
+  A p;
+  if constexpr (kSingle<A>) {
+    p = polynomial(r, {0.5f, 0.1666657667f, 0.04166655421f, 0.008363232884f, 0.001392625083f});
+  } else {
+    p = polynomial(r, {0.5000000000000001031, 0.1666666666666666746, 0.04166666666662382053,
+                       0.008333333333330038197, 0.001388888891736708056, 0.0001984126986317155603,
+                       0.0000248015210578682052, 2.755726827690569619e-6, 2.762020159103154879e-7,
+                       2.5100472505694996e-8});
+  }
+  return {n, fma(r * r, p, r)};
+}
+
+template <class A>  // 1 ulp
+JOPS_HD A exp(A x) {
+  const ExpParts<A> e = exp_parts(x);
+  return scale2(A(1) + e.q, e.n);
+}
+template <class A>  // 2 ulp, also near 0
+JOPS_HD A expm1(A x) {
+  const ExpParts<A> e = exp_parts(x);
+  const A s = scale2(A(1), e.n);
+  return fma(e.q, s, s - A(1));
+}
+
+// log(1 + e) for 0 <= e <= 1: 2 atanh(s), s = e / (2 + e). 2 ulp
+template <class A>
+JOPS_HD A log1p_unit(A e) {
+  const A s = e / (A(2) + e);
+  const A z = s * s;
+  A p;
+  if constexpr (kSingle<A>) {
+    p = polynomial(z, {0.3333333366f, 0.1999985317f, 0.14296179f, 0.108532879f, 0.1161216461f});
+  } else {
+    p = polynomial(z, {0.3333333333333332928, 0.2000000000000729134, 0.1428571428355437858,
+                       0.1111111135871393149, 0.09090894718066429085, 0.07692785032479311552,
+                       0.06657072104827468075, 0.06000536404795356268, 0.04400369243072336941,
+                       0.0808202280597176611});
+  }
+  const A twice = s + s;
+  return fma(twice * z, p, twice);
+}
+
+// s = 1/(1+e^-x) and its complement c = 1 - s = s(-x), without cancellation; e = e^-|x|.
+template <class A>
+struct Logistic {
+  A e, s, c;
+};
+template <class A>
+JOPS_HD Logistic<A> logistic(A x) {
+  const A e = exp(-abs(x));
+  const A large = A(1) / (A(1) + e);
+  const A small = e * large;
+  return {e, select(x < A(0), small, large), select(x < A(0), large, small)};
+}
+
+// t = tanh x with relative accuracy at 0, and d = 1 - t^2 with relative accuracy at infinity.
+template <class A>
+struct TanhParts {
+  A t, d;
+};
+template <class A>
+JOPS_HD TanhParts<A> tanh_parts(A x) {
+  const A m = expm1(A(-2) * abs(x));  // in (-1, 0]
+  const A r = A(1) / (A(2) + m);
+  return {copysign(m * r, x), A(4) * (A(1) + m) * r * r};
+}
+
+// The normal distribution: cdf = Phi(x) = erfc(-x/sqrt 2)/2 and pdf = exp(-x^2/2)/sqrt(2 pi), |x| <= 40.
+// Phi(-a) = exp(-a^2/2) Q(a) with Q smooth, a polynomial in 1/(1 + k a): the negative tail keeps
+// its digits, which (1 + erf)/2 loses.
+template <class A>
+struct Normal {
+  A cdf, pdf;
+};
+template <class A>
+JOPS_HD Normal<A> normal(A x) {
+  using T = Scalar<A>;
+  const A a = abs(x);
+  const A square = a * a;
+  const A rest = fma(a, a, -square);  // what rounding took from the square
+  A e = exp(A(-0.5) * square);
+  e = fma(e, A(-0.5) * rest, e);
+  A q;
+  if constexpr (kSingle<A>) {
+    const A t = A(1) / fma(a, A(0.26f), A(1));
+    q = polynomial(t, {-6.958368127e-6f, 0.1039014564f, 0.1017678633f, 0.1091909508f,
+                       0.03218210756f, 0.1980552993f, -0.1980422646f, 0.2886964813f,
+                       -0.1694615582f, 0.03371662438f});
+  } else {
+    const A t = A(1) / fma(a, A(0.2), A(1));  // in [1/9, 1], mapped to [-1, 1]
+    q = polynomial(
+        fma(t, A(2.25), A(-1.25)),
+        {0.09441064130196893667,   0.1533579493936099144,     0.1160829917641642937,
+         0.07395771880810396433,   0.03910858181305887106,    0.0166694632301676061,
+         0.005376682002131296851,  0.001098093710415605868,   0.00002027073969427524524,
+         -0.00006927146881393746837, -0.00001718469722560771363, 2.392341305890613551e-6,
+         1.847671392518788949e-6,  -5.171296101542325803e-9,  -1.799442785506154161e-7,
+         -9.508275171161845773e-9, 1.887805839566766652e-8,   1.138918895970101445e-9,
+         -2.154316875692041897e-9, -6.84711052506280807e-11,  2.369741434559901736e-10,
+         1.837828148738456085e-13, -1.747104287826137709e-11});
+  }
+  const A tail = e * q;
+  return {select(x < A(0), tail, A(1) - tail), e * A(T(0.39894228040143267794))};
+}
+
+}  // namespace jops::JOPS_ISA

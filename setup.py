@@ -1,0 +1,43 @@
+"""Builds the native module by calling CMake, whose files are the one description of the build."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # Kept between builds, one for each interpreter: only what changed is compiled again.
+        build = ROOT / "build" / f"python-{sysconfig.get_config_var('SOABI')}"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DJACOBIAN_OPS_PYTHON=ON",
+            "-DJACOBIAN_OPS_TOOLS=OFF",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            # Build isolation gives a new ninja each time: look for it again.
+            "-UCMAKE_MAKE_PROGRAM",
+        ]
+        subprocess.run(configure, check=True)
+        jobs = os.environ.get("MAX_JOBS")
+        command = ["cmake", "--build", str(build), "--target", "_cpu"]
+        subprocess.run([*command, "-j", jobs] if jobs else command, check=True)
+        built = build / target.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(built), str(target))
+
+
+setup(ext_modules=[Extension("jacobian_ops._cpu", [])], cmdclass={"build_ext": CMakeBuild})
