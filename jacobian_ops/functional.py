@@ -560,7 +560,7 @@ def _unflatten(y, input):
 def _low_precision(*tensors):
     """Autocast's cast of linear's arguments, where autocast is on for their device."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
