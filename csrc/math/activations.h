@@ -47,14 +47,12 @@ struct LeakyRelu {  // a: slope
 struct Elu {  // x > 0: b x, else a b (e^(c x) - 1); selu and celu are elu
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>& p) {
-    const ExpParts<A> parts = exp_parts(p.c * x);
-    const A s = scale2(A(1), parts.n);
-    const A e = p.a * p.b * scale2(A(1) + parts.q, parts.n);
-    const auto off = x <= A(0);
+    const ExpBoth<A> b = exp_both(p.c * x);
+    const A scale = p.a * p.b;
+    const A d1 = scale * p.c * b.e, d2 = p.c * d1;
     const auto inside = x < A(0);
-    return {select(x > A(0), p.b * x, p.a * p.b * fma(parts.q, s, s - A(1))),
-            select(off, p.c * e, p.b), select(inside, p.c * p.c * e, A(0)),
-            select(inside, p.c * p.c * p.c * e, A(0))};
+    return {select(x > A(0), p.b * x, scale * b.m), select(x <= A(0), d1, p.b),
+            select(inside, d2, A(0)), select(inside, p.c * d2, A(0))};
   }
 };
 

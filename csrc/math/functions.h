@@ -52,14 +52,20 @@ JOPS_HD ExpParts<A> exp_parts(A x) {
 
 template <class A>  // 1 ulp
 JOPS_HD A exp(A x) {
-  const ExpParts<A> e = exp_parts(x);
-  return scale2(A(1) + e.q, e.n);
+  const ExpParts<A> parts = exp_parts(x);
+  return scale2(A(1) + parts.q, parts.n);
 }
-template <class A>  // 2 ulp, also near 0
-JOPS_HD A expm1(A x) {
-  const ExpParts<A> e = exp_parts(x);
-  const A s = scale2(A(1), e.n);
-  return fma(e.q, s, s - A(1));
+
+// e = e^x and m = e^x - 1 with relative accuracy at 0. 2 ulp
+template <class A>
+struct ExpBoth {
+  A e, m;
+};
+template <class A>
+JOPS_HD ExpBoth<A> exp_both(A x) {
+  const ExpParts<A> parts = exp_parts(x);
+  const A s = scale2(A(1), parts.n);
+  return {scale2(A(1) + parts.q, parts.n), fma(parts.q, s, s - A(1))};
 }
 
 // log(1 + e) for 0 <= e <= 1: 2 atanh(s), s = e / (2 + e). 2 ulp
@@ -100,9 +106,9 @@ struct TanhParts {
 };
 template <class A>
 JOPS_HD TanhParts<A> tanh_parts(A x) {
-  const A m = expm1(A(-2) * abs(x));  // in (-1, 0]
-  const A r = A(1) / (A(2) + m);
-  return {copysign(m * r, x), A(4) * (A(1) + m) * r * r};
+  const ExpBoth<A> b = exp_both(A(-2) * abs(x));
+  const A r = A(1) / (A(1) + b.e);
+  return {copysign(b.m * r, x), A(4) * b.e * r * r};
 }
 
 // The normal distribution: cdf = Phi(x) = erfc(-x/sqrt 2)/2 and pdf = exp(-x^2/2)/sqrt(2 pi), |x| <= 40.
