@@ -1,0 +1,68 @@
+"""build_info, the choice of instruction set, and the OpenMP runtime that torch shares with us."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import jacobian_ops
+
+
+def python(*arguments, **environment):
+    """Run a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_build_info():
+    facts = jacobian_ops.build_info()
+    assert facts["version"] == jacobian_ops.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", facts["version"])
+    assert facts["isa"] in facts["available_isas"]
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["torch"] == torch.__version__
+    assert facts["cuda"] == "not built"
+    assert facts["compiler"]
+
+
+def test_command_line_prints_every_fact():
+    shown = python("-W", "error::RuntimeWarning", "-m", "jacobian_ops.info")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr == ""
+    for name, value in jacobian_ops.build_info().items():
+        assert name.replace("_", " ") in shown.stdout
+        if isinstance(value, str):
+            assert value in shown.stdout
+
+
+@pytest.mark.parametrize("isa", jacobian_ops.build_info()["available_isas"])
+def test_environment_forces_an_instruction_set(isa):
+    code = "import jacobian_ops; print(jacobian_ops.build_info()['isa'])"
+    shown = python("-c", code, JACOBIAN_OPS_ISA=isa)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.strip() == isa
+
+
+def test_unknown_instruction_set_says_which_there_are():
+    shown = python("-c", "import jacobian_ops", JACOBIAN_OPS_ISA="mmx")
+    assert shown.returncode != 0
+    assert "mmx" in shown.stderr
+    for isa in jacobian_ops.build_info()["available_isas"]:
+        assert isa in shown.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_one_openmp_runtime_shared_with_torch():
+    torch.ones(1 << 20).exp()
+    maps = Path("/proc/self/maps").read_text()
+    gnu = {os.path.realpath(path) for path in re.findall(r"/\S*libgomp\S*", maps)}
+    assert gnu == {os.path.realpath(jacobian_ops.build_info()["openmp"]["library"])}
