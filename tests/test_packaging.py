@@ -47,3 +47,11 @@ def test_readme_names_every_op():
     readme = (ROOT / "README.md").read_text()
     missing = [name for name in functional.__all__ if f"`{name}" not in readme]
     assert not missing
+
+
+def test_readme_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
