@@ -61,12 +61,12 @@ NATIVE_BELOW = int(os.environ.get("JACOBIAN_OPS_NATIVE_BELOW", "4096"))
 
 def _tiny(*tensors: Tensor) -> bool:
     """Whether a call should go to the native op: few elements and no transform in sight."""
-    return (
-        NATIVE_BELOW > 0
-        and not torch.compiler.is_compiling()
-        and all(t.numel() < NATIVE_BELOW for t in tensors)
-        and plain(tensors)
-    )
+    if NATIVE_BELOW == 0 or torch.compiler.is_compiling():
+        return False
+    for t in tensors:
+        if t.numel() >= NATIVE_BELOW:
+            return False
+    return plain(tensors)
 
 
 def _ours(op: str, input: Tensor) -> bool:
@@ -103,11 +103,11 @@ def _pointwise(public, native, input, inplace=False, **params):
         _ours(op, input)
     if has_torch_function_unary(input):
         return handle_torch_function(public, (input,), input, **_given(inplace=inplace), **params)
-    f = resolve(op, op, **params)
     if not _ours(op, input):
         return _native(op, native, input, **_given(inplace=inplace), **params)
     if _tiny(input):
-        return native(input, **_given(inplace=inplace), **params)
+        return native(input, inplace=True, **params) if inplace else native(input, **params)
+    f = resolve(op, op, **params)
     args = (None, f.function, f.params, 0.0)
     if not inplace:
         return _activation.activation(input, *args)

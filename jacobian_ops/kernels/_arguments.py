@@ -49,20 +49,31 @@ def check_p(op: str, p: float) -> None:
         )
 
 
-def real(t: Tensor) -> Tensor:
-    """``t`` with its memory as it reads: no pending negation, no zeros without storage."""
-    if t.is_neg():
-        return t.resolve_neg()
-    return torch.zeros_like(t) if t._is_zerotensor() else t
-
-
-def operands(op: str, names: str, *tensors: Tensor | None, row_major: bool = False):
-    """Checked tensors of one shape in one dense layout.  ``names`` are separated by blanks.
+def operands(op: str, names: tuple[str, ...], tensors, row_major: bool = False):
+    """Checked tensors of one shape in one dense layout.  None stays None.
 
     The layout is that of ``torch.empty_like(first)``: the first tensor's own where it is dense.
-    With ``row_major`` it is the logical order, for kernels that count elements.  None stays None.
+    With ``row_major`` it is the logical order, for kernels that count elements.
     """
-    names = names.split()
+    x = tensors[0]
+    dtype, device, shape = x.dtype, x.device, x.shape
+    ready = dtype in _backend.DTYPES
+    for t in tensors:
+        if t is not None and not (
+            t is x or (t.dtype is dtype and t.device == device and t.shape == shape)
+        ):
+            ready = False
+            break
+    if not ready:
+        _raise_mismatch(op, names, tensors)
+    for t in tensors:
+        if t is not None and (not t.is_contiguous() or t.is_neg()):
+            return _align(tensors, row_major)
+    return tensors
+
+
+def _raise_mismatch(op, names, tensors):
+    """Say which tensor does not fit, and why."""
     x = tensors[0]
     check_dtype(op, names[0], x)
     for name, t in zip(names[1:], tensors[1:], strict=True):
@@ -73,9 +84,11 @@ def operands(op: str, names: str, *tensors: Tensor | None, row_major: bool = Fal
                     f"{op}: {name} has shape {list(t.shape)}, {names[0]} has shape "
                     f"{list(x.shape)}; they must be the same"
                 )
-    tensors = [None if t is None else real(t) for t in tensors]
-    if all(t is None or t.is_contiguous() for t in tensors):
-        return tensors
+
+
+def _align(tensors, row_major):
+    """The tensors in one dense layout."""
+    tensors = [None if t is None else t.resolve_neg() for t in tensors]
     if row_major:
         return [None if t is None else t.contiguous() for t in tensors]
     layout = result_like(tensors[0])

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from torch import Tensor
@@ -61,39 +62,34 @@ def resolve(op: str, name: str | Activation, **params: float) -> Activation:
         raise TypeError(f"{op}: {name}: {e}") from None
 
 
+@functools.lru_cache(maxsize=256)
+def _native_act(f: Activation):
+    return _backend.ACTIVATION_CODES[f.function], *f.params, *(0.0,) * (3 - len(f.params))
+
+
 def _act(op, name, params):
-    f = resolve(op, name, **params)
-    return (
-        _backend.ACTIVATION_CODES[f.function],
-        *f.params,
-        *(0.0,) * (3 - len(f.params)),
-    )
+    return _native_act(resolve(op, name, **params))
 
 
-def _mask(op, seed, p, x):
-    """The native mask, and the seed tensor that must outlive the call."""
-    if seed is None or p == 0.0:
-        return None, None
-    check_p(op, p)
-    seed = check_seed(op, seed_tensor(seed, x), x)
-    return _backend.mask(seed, p), seed
-
-
-def _run(op, kernel, names, tensors, out, name, params, seed, p, order=None):
-    """Check, allocate ``out`` (a tuple, possibly of None) in the common layout, call ``kernel``."""
-    mask, seed = _mask(op, seed, p, tensors[0])
-    tensors = operands(op, names, *tensors, row_major=mask is not None)
-    out = tuple(output(op, o, tensors[0]) for o in out)
-    if tensors[0].numel():
-        orders = () if order is None else (order,)
-        getattr(_backend.for_device(op, names.split()[0], tensors[0].device), kernel)(
-            _act(op, name, params),
-            *orders,
-            *(None if t is None else _backend.buffer(t) for t in (*tensors, *out)),
-            mask,
-            _backend.threads(),
-        )
-    return out
+def _run(op, names, tensors, out, name, params, seed, p, order=None):
+    """Check, allocate ``out`` (a tuple, possibly of None) in the common layout, run ``op``."""
+    act = _act(op, name, params)
+    mask = None
+    if seed is not None and p != 0.0:
+        check_p(op, p)
+        seed = check_seed(op, seed_tensor(seed, tensors[0]), tensors[0])
+        mask = _backend.mask(seed, p)
+    tensors = operands(op, names, tensors, row_major=mask is not None)
+    x = tensors[0]
+    out = [output(op, o, x) for o in out]
+    if x.numel():
+        kernel = getattr(_backend.for_device(op, names[0], x.device), op)
+        buffers = [None if t is None else _backend.buffer(t) for t in (*tensors, *out)]
+        if order is None:
+            kernel(act, *buffers, mask, _backend.threads())
+        else:
+            kernel(act, order, *buffers, mask, _backend.threads())
+    return tuple(out)
 
 
 @arrays_too
@@ -111,7 +107,7 @@ def activation(x: Tensor, name, *, seed=None, p: float = 0.0, out=None, **params
     Returns:
         Tensor of the shape and dtype of ``x``.
     """
-    return _run("activation", "activation", "x", (x,), (out,), name, params, seed, p)[0]
+    return _run("activation", ("x",), (x,), (out,), name, params, seed, p)[0]
 
 
 @arrays_too
@@ -128,7 +124,7 @@ def activation_vjp(
 ) -> Tensor:
     """``gx = m * f^(order)(x) * gy``.  The Jacobian is diagonal: also the JVP along ``gy``."""
     op = "activation_vjp"
-    return _run(op, op, "x gy", (x, gy), (out,), name, params, seed, p, order)[0]
+    return _run(op, ("x", "gy"), (x, gy), (out,), name, params, seed, p, order)[0]
 
 
 @arrays_too
@@ -144,7 +140,7 @@ def activation_jvp(
 ) -> tuple[Tensor, Tensor]:
     """``y = m * f(x)`` and its tangent ``ty = m * f'(x) * tx`` in one pass."""
     op = "activation_jvp"
-    return _run(op, op, "x tx", (x, tx), out, name, params, seed, p)
+    return _run(op, ("x", "tx"), (x, tx), out, name, params, seed, p)
 
 
 @arrays_too
@@ -164,7 +160,7 @@ def activation_vjp_vjp(
     ``hx = m * f^(order+1)(x) * gy * h`` and ``hgy = m * f^(order)(x) * h``.
     """
     op = "activation_vjp_vjp"
-    return _run(op, op, "x gy h", (x, gy, h), (None, None), name, params, seed, p, order)
+    return _run(op, ("x", "gy", "h"), (x, gy, h), (None, None), name, params, seed, p, order)
 
 
 @arrays_too
@@ -185,5 +181,5 @@ def activation_vjp_jvp(
     ``gx = m * f^(order) * gy`` and ``tgx = m * (f^(order+1) * gy * tx + f^(order) * tgy)``.
     """
     op = "activation_vjp_jvp"
-    names = "x gy tx tgy"
-    return _run(op, op, names, (x, gy, tx, tgy), (None, None), name, params, seed, p, order)
+    names = ("x", "gy", "tx", "tgy")
+    return _run(op, names, (x, gy, tx, tgy), (None, None), name, params, seed, p, order)

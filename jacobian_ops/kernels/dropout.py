@@ -22,7 +22,7 @@ def dropout(x: Tensor, p: float, seed, *, out=None) -> Tensor:
     op = "dropout"
     check_p(op, p)
     seed = check_seed(op, seed_tensor(seed, x), x)
-    (x,) = operands(op, "x", x, row_major=True)
+    (x,) = operands(op, ("x",), (x,), row_major=True)
     y = output(op, out, x)
     if x.numel():
         _backend.for_device(op, "x", x.device).dropout(
@@ -52,7 +52,7 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, seed, *, out=None) -> Ten
     op = "dropout_add"
     check_p(op, p)
     seed = check_seed(op, seed_tensor(seed, x), x)
-    x, residual = operands(op, "x residual", x, residual, row_major=True)
+    x, residual = operands(op, ("x", "residual"), (x, residual), row_major=True)
     y = output(op, out, x)
     if x.numel():
         _backend.for_device(op, "x", x.device).dropout_add(

@@ -19,7 +19,6 @@ from ._arguments import (
     check_seed,
     linear_result,
     output,
-    real,
     seed_tensor,
 )
 from .activation import _act
@@ -51,7 +50,7 @@ def _check(op, names, x, weight, bias):
 
 def _matrix(t):
     """``t`` with at most one batch dimension and strides that native code takes."""
-    t = real(t)
+    t = t.resolve_neg()
     if t.dim() > 3:
         t = t.reshape(-1, *t.shape[-2:])
     return t
@@ -61,7 +60,7 @@ def _product(op, x, weight, bias, y, accumulate):
     """``y (+)= x W^T + b`` on checked arguments; ``y`` is contiguous."""
     if y.numel():
         x, weight = _matrix(x), _matrix(weight)
-        bias = None if bias is None else real(bias).contiguous()
+        bias = None if bias is None else bias.resolve_neg().contiguous()
         _backend.for_device(op, "x", x.device).linear(
             _backend.matrix(x),
             _backend.matrix(weight),
@@ -205,7 +204,7 @@ def linear_act_dropout(
         else:
             seed = None
         x, weight = _matrix(x), _matrix(weight)
-        bias = None if bias is None else real(bias).contiguous()
+        bias = None if bias is None else bias.resolve_neg().contiguous()
         _backend.for_device(op, "x", x.device).linear_act_dropout(
             _backend.matrix(x),
             _backend.matrix(weight),

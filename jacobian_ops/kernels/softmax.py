@@ -32,10 +32,10 @@ def _run(op, names, tensors, out, dim, scale=1.0, seed=None, p=0.0):
         check_p(op, p)
         seed = check_seed(op, seed_tensor(seed, tensors[0]), tensors[0])
         masks = (_backend.mask(seed, p),)
-    tensors = operands(op, names, *tensors, row_major=True)
+    tensors = operands(op, names, tensors, row_major=True)
     out = tuple(output(op, o, tensors[0]) for o in out)
     if tensors[0].numel():
-        getattr(_backend.for_device(op, names.split()[0], tensors[0].device), op)(
+        getattr(_backend.for_device(op, names[0], tensors[0].device), op)(
             rows(tensors[0].shape, dim, scale),
             *(None if t is None else _backend.buffer(t) for t in (*tensors, *out)),
             *masks,
@@ -57,13 +57,13 @@ def softmax(x: Tensor, dim: int, *, scale: float = 1.0, out=None) -> Tensor:
     Returns:
         Contiguous tensor of the shape and dtype of ``x``.
     """
-    return _run("softmax", "x", (x,), (out,), dim, scale)[0]
+    return _run("softmax", ("x",), (x,), (out,), dim, scale)[0]
 
 
 @arrays_too
 def softmax_vjp(y: Tensor, gy: Tensor, dim: int, *, scale: float = 1.0, out=None) -> Tensor:
     """``gx = scale * y * (gy - <y, gy>)``.  ``J`` is symmetric: the tangent-only JVP as well."""
-    return _run("softmax_vjp", "y gy", (y, gy), (out,), dim, scale)[0]
+    return _run("softmax_vjp", ("y", "gy"), (y, gy), (out,), dim, scale)[0]
 
 
 @arrays_too
@@ -71,7 +71,7 @@ def softmax_jvp(
     x: Tensor, tx: Tensor, dim: int, *, scale: float = 1.0, out=(None, None)
 ) -> tuple[Tensor, Tensor]:
     """``y = softmax(scale * x)`` and ``ty = scale * y * (tx - <y, tx>)`` in one visit."""
-    return _run("softmax_jvp", "x tx", (x, tx), out, dim, scale)
+    return _run("softmax_jvp", ("x", "tx"), (x, tx), out, dim, scale)
 
 
 @arrays_too
@@ -82,7 +82,7 @@ def softmax_vjp_vjp(
 
     ``hy = scale * (h * (gy - <y, gy>) - gy * <y, h>)``, ``hgy = scale * y * (h - <y, h>)``.
     """
-    return _run("softmax_vjp_vjp", "y gy h", (y, gy, h), (None, None), dim, scale)
+    return _run("softmax_vjp_vjp", ("y", "gy", "h"), (y, gy, h), (None, None), dim, scale)
 
 
 @arrays_too
@@ -100,31 +100,31 @@ def softmax_vjp_jvp(
     ``tgx = scale * (y * (tgy - <y, tgy>) + ty * (gy - <y, gy>) - y * <ty, gy>)``.
     """
     op = "softmax_vjp_jvp"
-    return _run(op, "y gy ty tgy", (y, gy, ty, tgy), (None, None), dim, scale)
+    return _run(op, ("y", "gy", "ty", "tgy"), (y, gy, ty, tgy), (None, None), dim, scale)
 
 
 @arrays_too
 def log_softmax(x: Tensor, dim: int, *, out=None) -> Tensor:
     """``y = x - logsumexp(x)``; contiguous, of the shape and dtype of ``x``."""
-    return _run("log_softmax", "x", (x,), (out,), dim)[0]
+    return _run("log_softmax", ("x",), (x,), (out,), dim)[0]
 
 
 @arrays_too
 def log_softmax_vjp(y: Tensor, gy: Tensor, dim: int, *, out=None) -> Tensor:
     """``gx = gy - exp(y) * sum(gy)``."""
-    return _run("log_softmax_vjp", "y gy", (y, gy), (out,), dim)[0]
+    return _run("log_softmax_vjp", ("y", "gy"), (y, gy), (out,), dim)[0]
 
 
 @arrays_too
 def log_softmax_tangent(y: Tensor, tx: Tensor, dim: int, *, out=None) -> Tensor:
     """``ty = tx - <exp(y), tx>``: the JVP where the primal output is already there."""
-    return _run("log_softmax_tangent", "y tx", (y, tx), (out,), dim)[0]
+    return _run("log_softmax_tangent", ("y", "tx"), (y, tx), (out,), dim)[0]
 
 
 @arrays_too
 def log_softmax_jvp(x: Tensor, tx: Tensor, dim: int, *, out=(None, None)) -> tuple[Tensor, Tensor]:
     """``y = log_softmax(x)`` and its tangent ``ty = tx - <exp(y), tx>`` in one visit."""
-    return _run("log_softmax_jvp", "x tx", (x, tx), out, dim)
+    return _run("log_softmax_jvp", ("x", "tx"), (x, tx), out, dim)
 
 
 @arrays_too
@@ -133,7 +133,7 @@ def log_softmax_vjp_vjp(y: Tensor, gy: Tensor, h: Tensor, dim: int) -> tuple[Ten
 
     ``hy = -exp(y) * h * sum(gy)``, ``hgy = h - <exp(y), h>``.
     """
-    return _run("log_softmax_vjp_vjp", "y gy h", (y, gy, h), (None, None), dim)
+    return _run("log_softmax_vjp_vjp", ("y", "gy", "h"), (y, gy, h), (None, None), dim)
 
 
 @arrays_too
@@ -144,19 +144,21 @@ def log_softmax_vjp_jvp(
 
     ``tgx = tgy - exp(y) * (sum(tgy) + ty * sum(gy))``.
     """
-    return _run("log_softmax_vjp_jvp", "y gy ty tgy", (y, gy, ty, tgy), (None, None), dim)
+    return _run(
+        "log_softmax_vjp_jvp", ("y", "gy", "ty", "tgy"), (y, gy, ty, tgy), (None, None), dim
+    )
 
 
 @arrays_too
 def softmax_dropout(x: Tensor, dim: int, p: float, seed, *, out=None) -> Tensor:
     """``y = m * softmax(x)`` in one pass; ``seed`` as in :func:`jacobian_ops.kernels.dropout`."""
-    return _run("softmax_dropout", "x", (x,), (out,), dim, seed=seed, p=p)[0]
+    return _run("softmax_dropout", ("x",), (x,), (out,), dim, seed=seed, p=p)[0]
 
 
 @arrays_too
 def softmax_dropout_vjp(x: Tensor, gy: Tensor, dim: int, p: float, seed, *, out=None) -> Tensor:
     """``gx = s * (m * gy - <s, m * gy>)``, with ``s = softmax(x)`` recomputed in cache."""
-    return _run("softmax_dropout_vjp", "x gy", (x, gy), (out,), dim, seed=seed, p=p)[0]
+    return _run("softmax_dropout_vjp", ("x", "gy"), (x, gy), (out,), dim, seed=seed, p=p)[0]
 
 
 @arrays_too
@@ -164,4 +166,4 @@ def softmax_dropout_jvp(
     x: Tensor, tx: Tensor, dim: int, p: float, seed, *, out=(None, None)
 ) -> tuple[Tensor, Tensor]:
     """``y = m * s`` and its tangent ``ty = m * s * (tx - <s, tx>)`` with ``s = softmax(x)``."""
-    return _run("softmax_dropout_jvp", "x tx", (x, tx), out, dim, seed=seed, p=p)
+    return _run("softmax_dropout_jvp", ("x", "tx"), (x, tx), out, dim, seed=seed, p=p)
