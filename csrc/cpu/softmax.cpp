@@ -89,7 +89,10 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
   for (V& s : sum) s = V(A(0));
   for (std::int64_t block = 0; block < n; block += kBlock) {
     const std::int64_t count = n - block < kBlock ? n - block : kBlock;
-    if constexpr (kMasked) call.multipliers(start + block, m, count);
+    if constexpr (kMasked) {
+      call.multipliers(start + block, m, count);
+      for (std::int64_t i = count; i % V::kLanes; ++i) m[i] = 0;  // the tail enters the sums
+    }
     V part[2][Op::kSums];
     for (auto& p : part)
       for (V& s : p) s = V(A(0));
@@ -154,10 +157,11 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
   const std::int64_t start = outer * n * inner + column;
   const V scale(static_cast<A>(call.rows.scale));
 
-  alignas(64) A top[kStrip], sum[Op::kSums][kStrip];
+  // `lost` is what rounding took from `sum` (Kahan): a column's sum is as good as a row's, which is kept in lanes.
+  alignas(64) A top[kStrip], sum[Op::kSums][kStrip], lost[Op::kSums][kStrip];
   for (int j = 0; j < kStrip; ++j) {
     top[j] = -kInfinity;
-    for (int s = 0; s < Op::kSums; ++s) sum[s][j] = 0;
+    for (int s = 0; s < Op::kSums; ++s) sum[s][j] = lost[s][j] = 0;
   }
   alignas(64) A m[kMasked ? kDeep : 1][kMasked ? kStrip : 1];
   const auto draw = [&](std::int64_t row, std::int64_t rows) {
@@ -188,7 +192,10 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
         // Nothing but -infinity yet: any finite number serves in its place.
         reference = select(now == V(-kInfinity), V(A(0)), now);
         const V factor = exp(before - reference);
-        for (int s = 0; s < Op::kSums; ++s) store(sum[s] + j, factor * load(sum[s] + j));
+        for (int s = 0; s < Op::kSums; ++s) {
+          store(sum[s] + j, factor * load(sum[s] + j));
+          store(lost[s] + j, factor * load(lost[s] + j));
+        }
       }
       for (std::int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
@@ -198,7 +205,12 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
         e.read(call, at + r * inner, lanes, A(0));
         Op::add(e.in, e.log_like(scale, reference), kMasked ? load(m[r] + j) : V(A(1)), part);
       }
-      for (int s = 0; s < Op::kSums; ++s) store(sum[s] + j, load(sum[s] + j) + part[s]);
+      for (int s = 0; s < Op::kSums; ++s) {
+        const V old = load(sum[s] + j), more = part[s] - load(lost[s] + j), total = old + more;
+        store(sum[s] + j, total);
+        const V rest = (total - old) - more;
+        store(lost[s] + j, select(rest == rest, rest, V(A(0))));  // an infinite sum stays infinite
+      }
     });
   }
   for (std::int64_t j = 0; j < width; j += V::kLanes) {
