@@ -28,7 +28,9 @@ $(ENVIRONMENT): pyproject.toml scripts/environment.py $(if $(TORCH),FORCE)
 
 # An editable install: Python sources are used in place, the native module is rebuilt in build/.
 $(BUILT): $(ENVIRONMENT) $(NATIVE)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@echo "Building: the kernels are compiled once for each instruction set (a minute or two)."
+	PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONWARNINGS=ignore \
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 build: $(BUILT)  ## make the environment and build the package in place
@@ -68,15 +70,11 @@ check-wheel: $(ENVIRONMENT)  ## install one wheel beside two torch versions (TOR
 
 cpp: $(ENVIRONMENT)  ## build the C++ library and its example without Python, and run them
 	PATH="$(abspath $(VENV))/bin:$$PATH" && \
-	cmake -B build/cpp -G Ninja && cmake --build build/cpp -j 2 && \
+	cmake -B build/cpp -G Ninja && cmake --build build/cpp && \
 	ctest --test-dir build/cpp --output-on-failure
 
 check-aarch64: $(ENVIRONMENT)  ## cross-compile for aarch64 and run the C++ self-check under qemu
-	PATH="$(abspath $(VENV))/bin:$$PATH" && \
-	cmake -B build/aarch64 -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
-	  -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu" && \
-	cmake --build build/aarch64 -j 2 && ctest --test-dir build/aarch64 --output-on-failure
+	PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check_aarch64.sh
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info jacobian_ops/*.so $(BUILT)
