@@ -127,9 +127,11 @@ class Check {
     extent(name, "batch", m.batch, batch);
     extent(name, "rows", m.rows, rows);
     extent(name, "cols", m.cols, cols);
-    if ((m.batch > 1 && m.batch_stride == 0) || (m.rows > 1 && m.row_stride == 0) ||
-        (m.cols > 1 && m.col_stride == 0)) {
+    if ((m.batch > 1 && m.batch_stride == 0) || (m.rows > 1 && m.row_stride == 0)) {
       fail(name, "strides above 0", "0");
+    }
+    if (m.cols > 1 && m.col_stride != 1) {
+      fail(name, "stride 1 along the columns", std::to_string(m.col_stride));
     }
   }
   void extent(const char* name, const char* which, std::int64_t got, std::int64_t wanted) const {

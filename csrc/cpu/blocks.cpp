@@ -6,56 +6,63 @@
 namespace jops::JOPS_ISA {
 namespace {
 
-constexpr int kGroup = 4 * kWords;  // words that one vector of counters gives
+constexpr int kGroup = 4 * kWords;  // elements that one vector of counters serves
 
-// Writes them in the order of the elements: four words of the first counter, of the second, ...
-JOPS_HD void store_interleaved(std::uint32_t* to, const Philox<U64>& r) {
-  // As pairs of words: a = (w0, w1) and b = (w2, w3) of each counter.
-  const U64 a = (r.w0 & 0xffffffffu) | (r.w1 << 32);
-  const U64 b = (r.w2 & 0xffffffffu) | (r.w3 << 32);
-  U64 low, high;
-#pragma GCC unroll 8
-  for (int i = 0; i < kWords / 2; ++i) {
-    low[2 * i] = a[i];
-    low[2 * i + 1] = b[i];
-    high[2 * i] = a[kWords / 2 + i];
-    high[2 * i + 1] = b[kWords / 2 + i];
+// The multipliers of one sample.
+template <class A>
+class Dropout {
+ public:
+  Dropout(const Mask& mask, std::int64_t sample)
+      : key_(static_cast<std::uint64_t>(mask.seeds[sample])),
+        threshold_(static_cast<std::uint64_t>(__builtin_nearbyint((1 - mask.p) * 0x1p32))),
+        scale_(threshold_ ? static_cast<A>(1 / (1 - mask.p)) : A(0)) {
+    for (int i = 0; i < kWords; ++i) lane_[i] = static_cast<std::uint64_t>(i);
   }
-  std::memcpy(to, &low, kVectorBytes);
-  std::memcpy(to + kGroup / 2, &high, kVectorBytes);
-}
+
+  // Those of elements first..first+kGroup, first a multiple of kGroup.
+  JOPS_HD void group(std::int64_t first, A* m) const {
+    const Philox<U64> r = philox(lane_ + static_cast<std::uint64_t>(first / 4), key_);
+    // Pairs of words (w0, w1) and (w2, w3) of each counter, interleaved: the order of the elements.
+    const U64 a = (r.w0 & 0xffffffffu) | (r.w1 << 32);
+    const U64 b = (r.w2 & 0xffffffffu) | (r.w3 << 32);
+    const U64 words[2] = {interleave_low(a, b), interleave_high(a, b)};
+    // Keep when word < threshold, which may be 2^32: word <= threshold - 1 in 32 bits. At 0 the scale is 0.
+    const auto limit = static_cast<std::uint32_t>(threshold_ - 1);
+    if constexpr (sizeof(A) == 4) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const auto keep = reinterpret_cast<detail::U32>(words[half]) <= limit;
+        store(m + half * Vec<A>::kLanes, select(Bool<A>{keep}, Vec<A>(scale_), Vec<A>(A(0))));
+      }
+    } else {
+      std::uint32_t w[kGroup];
+      std::memcpy(w, words, sizeof(w));
+      for (int i = 0; i < kGroup; ++i) m[i] = w[i] <= limit ? scale_ : A(0);
+    }
+  }
+
+ private:
+  std::uint64_t key_, threshold_;
+  A scale_;
+  U64 lane_;
+};
 
 }  // namespace
 
 template <class A>
 void dropout_block(const Mask& mask, std::int64_t sample, std::int64_t first, A* m,
                    std::int64_t n) {
-  const double threshold = __builtin_nearbyint((1 - mask.p) * 0x1p32);
-  if (threshold <= 0) {
-    for (std::int64_t i = 0; i < n; ++i) m[i] = 0;
-    return;
-  }
-  // keep when word < threshold, which may be 2^32: word <= limit in 32 bits
-  const std::uint32_t limit = static_cast<std::uint32_t>(threshold - 1);
-  const A scale = static_cast<A>(1 / (1 - mask.p));
-  const std::uint64_t key = static_cast<std::uint64_t>(mask.seeds[sample]);
-  U64 lane;
-  for (int i = 0; i < kWords; ++i) lane[i] = static_cast<std::uint64_t>(i);
-
-  constexpr std::int64_t kChunk = 512;
-  static_assert(kChunk % kGroup == 0, "whole groups");
-  alignas(64) std::uint32_t words[kChunk + kGroup];
-  while (n > 0) {
-    const std::int64_t skip = first % kGroup;
-    const std::int64_t count = n < kChunk ? n : kChunk;
-    const U64 counter = lane + static_cast<std::uint64_t>((first - skip) / 4);
-    for (std::int64_t i = 0; i < skip + count; i += kGroup) {
-      store_interleaved(words + i, philox(counter + static_cast<std::uint64_t>(i / 4), key));
+  const Dropout<A> dropout(mask, sample);
+  A group[kGroup];
+  for (std::int64_t i = 0; i < n;) {
+    const std::int64_t skip = (first + i) % kGroup;
+    if (skip == 0 && n - i >= kGroup) {
+      dropout.group(first + i, m + i);
+      i += kGroup;
+      continue;
     }
-    for (std::int64_t i = 0; i < count; ++i) m[i] = words[skip + i] <= limit ? scale : A(0);
-    m += count;
-    first += count;
-    n -= count;
+    dropout.group(first + i - skip, group);
+    for (std::int64_t j = skip; j < kGroup && i < n; ++j, ++i) m[i] = group[j];
   }
 }
 

@@ -48,6 +48,8 @@ struct Inputs {
     }
   }
   JOPS_HD V log_like(V scale, V top) const { return Op::kLogits ? scale * in[0] - top : in[0]; }
+  // e^d; d <= 0 for logits.
+  static JOPS_HD V exponential(V d) { return exp<Op::kLogits>(d); }
 };
 
 // f(i, count) for the vectors of n elements; count is a constant in the body.
@@ -84,6 +86,10 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
   }
 
   alignas(64) A m[kMasked ? kBlock : 1];
+  // The exponentials of a row that fits are kept between the passes.
+  constexpr std::int64_t kKeep = 8192;
+  alignas(64) A kept[Op::kLogits ? kKeep : 1];
+  const bool keeps = Op::kLogits && n <= kKeep;
   // Partial sums of a block first, then their sum: the error grows with the number of blocks, not of elements.
   V sum[Op::kSums];
   for (V& s : sum) s = V(A(0));
@@ -99,7 +105,9 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
     Inputs<Op, T> e;
     const auto add = [&](std::int64_t i, int lanes, V* to) {
       e.read(call, start + block + i, lanes, fill);
-      Op::add(e.in, e.log_like(scale, top), kMasked ? load(m + i) : V(A(1)), to);
+      const V exponential = e.exponential(e.log_like(scale, top));
+      if (keeps) store(kept + block + i, exponential);
+      Op::add(e.in, exponential, kMasked ? load(m + i) : V(A(1)), to);
     };
     std::int64_t i = 0;
     for (; i + 2 * V::kLanes <= count; i += 2 * V::kLanes) {
@@ -117,8 +125,10 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
     if (i < count) add(i, static_cast<int>(count - i), part[1]);
     for (int s = 0; s < Op::kSums; ++s) sum[s] += part[0][s] + part[1][s];
   }
-  for (V& s : sum) s = V(jops::JOPS_ISA::sum(s));
-  Op::finish(sum);
+  A finished[Op::kSums];
+  for (int s = 0; s < Op::kSums; ++s) finished[s] = jops::JOPS_ISA::sum(sum[s]);
+  Op::finish(finished);
+  for (int s = 0; s < Op::kSums; ++s) sum[s] = V(finished[s]);
 
   alignas(64) T stage[Op::kOut][kBlock];
   for (std::int64_t block = 0; block < n; block += kBlock) {
@@ -130,7 +140,9 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
       Inputs<Op, T> e;
       e.read(call, at + i, lanes, fill);
       V out[Op::kOut];
-      Op::emit(e.in, e.log_like(scale, top), kMasked ? load(m + i) : V(A(1)), sum, scale, out);
+      const V d = e.log_like(scale, top);
+      Op::emit(e.in, d, keeps ? load(kept + block + i) : e.exponential(d),
+               kMasked ? load(m + i) : V(A(1)), sum, scale, out);
 #pragma GCC unroll 2
       for (int k = 0; k < Op::kOut; ++k) {
         if (lanes == V::kLanes) store(to[k] + i, out[k]);
@@ -203,7 +215,8 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
           prefetch(call.in[k] + at + (r + kDeep) * inner);
         }
         e.read(call, at + r * inner, lanes, A(0));
-        Op::add(e.in, e.log_like(scale, reference), kMasked ? load(m[r] + j) : V(A(1)), part);
+        Op::add(e.in, e.exponential(e.log_like(scale, reference)),
+                kMasked ? load(m[r] + j) : V(A(1)), part);
       }
       for (int s = 0; s < Op::kSums; ++s) {
         const V old = load(sum[s] + j), more = part[s] - load(lost[s] + j), total = old + more;
@@ -233,8 +246,8 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
       for (int k = 0; k < Op::kIn; ++k) prefetch(call.in[k] + at + j + 4 * inner);
       e.read(call, at + j, lanes, A(0));
       for (int k = 0; k < Op::kSums; ++k) s[k] = load(sum[k] + j);
-      Op::emit(e.in, e.log_like(scale, load(top + j)), kMasked ? load(m[0] + j) : V(A(1)), s, scale,
-               out);
+      const V d = e.log_like(scale, load(top + j));
+      Op::emit(e.in, d, e.exponential(d), kMasked ? load(m[0] + j) : V(A(1)), s, scale, out);
 #pragma GCC unroll 2
       for (int k = 0; k < Op::kOut; ++k) {
         if (lanes == V::kLanes) store(to[k] + j, out[k]);

@@ -83,8 +83,8 @@ struct Tanh {
 struct Gelu {  // x Phi(x)
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+    const Normal<A> n = normal(x);
     const A z = clamp(x, -40, 40);
-    const Normal<A> n = normal(z);
     const A square = z * z;
     return {max(A(-40), x) * n.cdf, fma(z, n.pdf, n.cdf), n.pdf * (A(2) - square),
             n.pdf * z * (square - A(4))};

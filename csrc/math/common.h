@@ -55,6 +55,8 @@ JOPS_HD float copysign(float a, float b) { return ::copysignf(a, b); }
 JOPS_HD double copysign(double a, double b) { return ::copysign(a, b); }
 JOPS_HD float round_even(float a) { return ::rintf(a); }
 JOPS_HD double round_even(double a) { return ::rint(a); }
+JOPS_HD float log(float a) { return ::logf(a); }
+JOPS_HD double log(double a) { return ::log(a); }
 // a * 2^n for an integral n.
 JOPS_HD float scale2(float a, float n) { return ::ldexpf(a, static_cast<int>(n)); }
 JOPS_HD double scale2(double a, double n) { return ::ldexp(a, static_cast<int>(n)); }

@@ -29,11 +29,12 @@ template <class A>
 struct ExpParts {
   A n, q;
 };
-template <class A>
+template <bool kNegative = false, class A>  // kNegative: x <= 0 is known
 JOPS_HD ExpParts<A> exp_parts(A x) {
   using T = Scalar<A>;
   // Beyond these bounds the result is 0 or infinity; inside them n is in the range of scale2.
-  x = clamp(x, T(kSingle<A> ? -104.5 : -746), T(kSingle<A> ? 89 : 710));
+  x = max(A(T(kSingle<A> ? -104.5 : -746)), x);
+  if constexpr (!kNegative) x = min(A(T(kSingle<A> ? 89 : 710)), x);
   const A n = round_even(x * A(T(1.4426950408889634074)));
   // ln 2 in two parts, the first short enough for n times it to be exact.
   A r = fma(n, A(T(kSingle<A> ? -0.693359375 : -0.693147180369123816490)), x);
@@ -50,9 +51,9 @@ JOPS_HD ExpParts<A> exp_parts(A x) {
   return {n, fma(r * r, p, r)};
 }
 
-template <class A>  // 1 ulp
+template <bool kNegative = false, class A>  // 1 ulp
 JOPS_HD A exp(A x) {
-  const ExpParts<A> parts = exp_parts(x);
+  const ExpParts<A> parts = exp_parts<kNegative>(x);
   return scale2(A(1) + parts.q, parts.n);
 }
 
@@ -61,9 +62,9 @@ template <class A>
 struct ExpBoth {
   A e, m;
 };
-template <class A>
+template <bool kNegative = false, class A>
 JOPS_HD ExpBoth<A> exp_both(A x) {
-  const ExpParts<A> parts = exp_parts(x);
+  const ExpParts<A> parts = exp_parts<kNegative>(x);
   const A s = scale2(A(1), parts.n);
   return {scale2(A(1) + parts.q, parts.n), fma(parts.q, s, s - A(1))};
 }
@@ -93,7 +94,7 @@ struct Logistic {
 };
 template <class A>
 JOPS_HD Logistic<A> logistic(A x) {
-  const A e = exp(-abs(x));
+  const A e = exp<true>(-abs(x));
   const A large = A(1) / (A(1) + e);
   const A small = e * large;
   return {e, select(x < A(0), small, large), select(x < A(0), large, small)};
@@ -106,12 +107,12 @@ struct TanhParts {
 };
 template <class A>
 JOPS_HD TanhParts<A> tanh_parts(A x) {
-  const ExpBoth<A> b = exp_both(A(-2) * abs(x));
+  const ExpBoth<A> b = exp_both<true>(A(-2) * abs(x));
   const A r = A(1) / (A(1) + b.e);
   return {copysign(b.m * r, x), A(4) * b.e * r * r};
 }
 
-// The normal distribution: cdf = Phi(x) = erfc(-x/sqrt 2)/2 and pdf = exp(-x^2/2)/sqrt(2 pi), |x| <= 40.
+// The normal distribution: cdf = Phi(x) = erfc(-x/sqrt 2)/2 and pdf = exp(-x^2/2)/sqrt(2 pi).
 // Phi(-a) = exp(-a^2/2) Q(a) with Q smooth, a polynomial in 1/(1 + k a): the negative tail keeps
 // its digits, which (1 + erf)/2 loses.
 template <class A>
@@ -121,10 +122,10 @@ struct Normal {
 template <class A>
 JOPS_HD Normal<A> normal(A x) {
   using T = Scalar<A>;
-  const A a = abs(x);
+  const A a = min(A(40), abs(x));  // both are 0 there
   const A square = a * a;
   const A rest = fma(a, a, -square);  // what rounding took from the square
-  A e = exp(A(-0.5) * square);
+  A e = exp<true>(A(-0.5) * square);
   e = fma(e, A(-0.5) * rest, e);
   A q;
   if constexpr (kSingle<A>) {

@@ -109,13 +109,36 @@ template <class T>
 JOPS_HD Vec<T> select(Bool<T> c, Vec<T> a, Vec<T> b) {
   return c.v ? a.v : b.v;
 }
+// GCC makes a comparison and a blend of `a > b ? a : b`, hence the intrinsics.
 template <class T>
 JOPS_HD Vec<T> max(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_max_ps(a.v, b.v);
+  if constexpr (std::is_same_v<T, double>) return _mm512_max_pd(a.v, b.v);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) return _mm256_max_ps(a.v, b.v);
+  if constexpr (std::is_same_v<T, double>) return _mm256_max_pd(a.v, b.v);
+#elif defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float>) return _mm_max_ps(a.v, b.v);
+  if constexpr (std::is_same_v<T, double>) return _mm_max_pd(a.v, b.v);
+#else
   return a.v > b.v ? a.v : b.v;
+#endif
 }
 template <class T>
 JOPS_HD Vec<T> min(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_min_ps(a.v, b.v);
+  if constexpr (std::is_same_v<T, double>) return _mm512_min_pd(a.v, b.v);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) return _mm256_min_ps(a.v, b.v);
+  if constexpr (std::is_same_v<T, double>) return _mm256_min_pd(a.v, b.v);
+#elif defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float>) return _mm_min_ps(a.v, b.v);
+  if constexpr (std::is_same_v<T, double>) return _mm_min_pd(a.v, b.v);
+#else
   return a.v < b.v ? a.v : b.v;
+#endif
 }
 template <class T>
 JOPS_HD Vec<T> abs(Vec<T> a) {
@@ -148,18 +171,23 @@ template <class T, class B, class C>
 JOPS_HD Vec<T> fma(Vec<T> a, B b, C c) {
   return fma(a, Vec<T>(b), Vec<T>(c));
 }
-// Lane by lane through the C library: for a number a row, not an element.
+// Lane by lane through the C library: for one number a column, not for every element.
 template <class T>
 JOPS_HD Vec<T> log(Vec<T> a) {
-  for (int i = 0; i < Vec<T>::kLanes; ++i) a.v[i] = static_cast<T>(::log(a.v[i]));
+  for (int i = 0; i < Vec<T>::kLanes; ++i) a.v[i] = log(a.v[i]);
   return a;
 }
 
 // Nearest integer, ties to even; |a| < 2^(mantissa bits - 1).
 template <class T>
 JOPS_HD Vec<T> round_even(Vec<T> a) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT);
+  if constexpr (std::is_same_v<T, double>) return _mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT);
+#else
   const Vec<T> magic(T(1.5) / std::numeric_limits<T>::epsilon());
   return (a + magic) - magic;
+#endif
 }
 
 // 2^n for an integral n in the normal exponent range.
@@ -201,7 +229,7 @@ typedef std::uint64_t U64 __attribute__((vector_size(kVectorBytes)));
 constexpr int kWords = kVectorBytes / 8;
 
 JOPS_HD U64 multiply_low32(U64 a, std::uint32_t b) {
-  const U64 factor = U64{} + b;
+  [[maybe_unused]] const U64 factor = U64{} + b;
 #if defined(__AVX512F__)
   return reinterpret_cast<U64>(
       _mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(factor)));
@@ -216,6 +244,26 @@ JOPS_HD U64 multiply_low32(U64 a, std::uint32_t b) {
 #else
   return (a & 0xffffffffu) * factor;
 #endif
+}
+
+// Of pairs (a_i, b_i): the first half of them, or the second, in order.
+namespace detail {
+template <int... I>
+JOPS_HD U64 shuffle(U64 a, U64 b, std::integer_sequence<int, I...>, int first) {
+#if defined(__clang__)
+  if (first == 0) return __builtin_shufflevector(a, b, (I / 2 + I % 2 * kWords)...);
+  return __builtin_shufflevector(a, b, (kWords / 2 + I / 2 + I % 2 * kWords)...);
+#else
+  const U64 index = {static_cast<std::uint64_t>(first + I / 2 + I % 2 * kWords)...};
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+}  // namespace detail
+JOPS_HD U64 interleave_low(U64 a, U64 b) {
+  return detail::shuffle(a, b, std::make_integer_sequence<int, kWords>(), 0);
+}
+JOPS_HD U64 interleave_high(U64 a, U64 b) {
+  return detail::shuffle(a, b, std::make_integer_sequence<int, kWords>(), kWords / 2);
 }
 
 // Reductions, by halves: a fixed order of additions.
@@ -354,24 +402,44 @@ JOPS_HD void store(T* p, Vec<Compute<T>> a) {
   }
 }
 
-// The first n lanes, 0 <= n < kLanes; the others are `fill`. Goes through a buffer: for tails.
+// The first n lanes, 0 <= n < kLanes; the others are `fill`. For tails: without masks it goes through a buffer.
 template <class T>
 JOPS_HD Vec<Compute<T>> load_n(const T* p, int n, Compute<T> fill = 0) {
   using A = Compute<T>;
   constexpr int kLanes = Vec<A>::kLanes;
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+  const auto mask = static_cast<std::uint16_t>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_mask_loadu_ps(Vec<A>(fill).v, mask, p);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return _mm512_mask_loadu_pd(Vec<A>(fill).v, static_cast<std::uint8_t>(mask), p);
+  } else {
+    alignas(32) T narrow[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(narrow), _mm256_maskz_loadu_epi16(mask, p));
+    return _mm512_mask_mov_ps(Vec<A>(fill).v, mask, load(narrow).v);
+  }
+#else
   T buffer[kLanes] = {};
-  std::memcpy(buffer, p, n * sizeof(T));
+  std::memcpy(buffer, p, static_cast<std::size_t>(n) * sizeof(T));
   const Vec<A> r = load(buffer);
   if (fill == 0) return r;
   A lane[kLanes];
   for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<A>(i);
   return select(load(lane) < Vec<A>(static_cast<A>(n)), r, Vec<A>(fill));
+#endif
 }
 template <class T>
 JOPS_HD void store_n(T* p, Vec<Compute<T>> a, int n) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<std::uint16_t>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, mask, a.v);
+  if constexpr (std::is_same_v<T, double>) {
+    return _mm512_mask_storeu_pd(p, static_cast<std::uint8_t>(mask), a.v);
+  }
+#endif
   T buffer[Vec<Compute<T>>::kLanes];
   store(buffer, a);
-  std::memcpy(p, buffer, n * sizeof(T));
+  std::memcpy(p, buffer, static_cast<std::size_t>(n) * sizeof(T));
 }
 
 // A store past the caches; p is aligned to kVectorBytes. stream_fence() ends a run of them.

@@ -2,8 +2,8 @@
 //
 // Each struct says what a product needs: kIn inputs and kOut outputs; whether in[0] are logits, so that a maximum
 // comes first, or the saved output; the sums (`add` one element, `finish` them once a row); and the outputs
-// (`emit`). Everywhere d is log-like: scale * x - max of a logit, y itself for a saved log_softmax; m is the dropout
-// multiplier (1 without). Generic over scalars and vectors. scale: softmax(scale * x), -1 is softmin.
+// (`emit`). Everywhere d is log-like: scale * x - max of a logit, y itself for a saved log_softmax; e = e^d; m is the
+// dropout multiplier (1 without). Generic over scalars and vectors. scale: softmax(scale * x), -1 is softmin.
 #pragma once
 
 #include "functions.h"
@@ -14,16 +14,16 @@ struct SoftmaxRow {  // x -> y
   static constexpr int kIn = 1, kOut = 1, kSums = 1;
   static constexpr bool kLogits = true;
   template <class V>
-  static JOPS_HD void add(const V*, V d, V, V* sum) {
-    sum[0] += exp(d);
+  static JOPS_HD void add(const V*, V e, V, V* sum) {
+    sum[0] += e;
   }
   template <class V>
   static JOPS_HD void finish(V* sum) {
     sum[0] = V(1) / sum[0];
   }
   template <class V>
-  static JOPS_HD void emit(const V*, V d, V m, const V* sum, V, V* out) {
-    out[0] = m * (exp(d) * sum[0]);
+  static JOPS_HD void emit(const V*, V, V e, V m, const V* sum, V, V* out) {
+    out[0] = m * (e * sum[0]);
   }
 };
 
@@ -31,8 +31,7 @@ struct SoftmaxJvpRow {  // x, tx -> y, ty = scale y (tx - <y, tx>), both times m
   static constexpr int kIn = 2, kOut = 2, kSums = 2;
   static constexpr bool kLogits = true;
   template <class V>
-  static JOPS_HD void add(const V* in, V d, V, V* sum) {
-    const V e = exp(d);
+  static JOPS_HD void add(const V* in, V e, V, V* sum) {
     sum[0] += e;
     sum[1] = fma(e, in[1], sum[1]);
   }
@@ -42,8 +41,8 @@ struct SoftmaxJvpRow {  // x, tx -> y, ty = scale y (tx - <y, tx>), both times m
     sum[1] *= sum[0];
   }
   template <class V>
-  static JOPS_HD void emit(const V* in, V d, V m, const V* sum, V scale, V* out) {
-    out[0] = m * (exp(d) * sum[0]);
+  static JOPS_HD void emit(const V* in, V, V e, V m, const V* sum, V scale, V* out) {
+    out[0] = m * (e * sum[0]);
     out[1] = scale * out[0] * (in[1] - sum[1]);
   }
 };
@@ -52,8 +51,7 @@ struct SoftmaxDropoutVjpRow {  // x, gy -> gx = scale y (m gy - <y, m gy>), y re
   static constexpr int kIn = 2, kOut = 1, kSums = 2;
   static constexpr bool kLogits = true;
   template <class V>
-  static JOPS_HD void add(const V* in, V d, V m, V* sum) {
-    const V e = exp(d);
+  static JOPS_HD void add(const V* in, V e, V m, V* sum) {
     sum[0] += e;
     sum[1] = fma(e, m * in[1], sum[1]);
   }
@@ -62,8 +60,8 @@ struct SoftmaxDropoutVjpRow {  // x, gy -> gx = scale y (m gy - <y, m gy>), y re
     SoftmaxJvpRow::finish(sum);
   }
   template <class V>
-  static JOPS_HD void emit(const V* in, V d, V m, const V* sum, V scale, V* out) {
-    out[0] = scale * (exp(d) * sum[0]) * (m * in[1] - sum[1]);
+  static JOPS_HD void emit(const V* in, V, V e, V m, const V* sum, V scale, V* out) {
+    out[0] = scale * (e * sum[0]) * (m * in[1] - sum[1]);
   }
 };
 
@@ -81,7 +79,7 @@ struct SoftmaxVjpRow : FromOutput {  // y, gy -> gx = scale y (gy - <y, gy>)
     sum[0] = fma(in[0], in[1], sum[0]);
   }
   template <class V>
-  static JOPS_HD void emit(const V* in, V, V, const V* sum, V scale, V* out) {
+  static JOPS_HD void emit(const V* in, V, V, V, const V* sum, V scale, V* out) {
     out[0] = scale * in[0] * (in[1] - sum[0]);
   }
 };
@@ -95,7 +93,7 @@ struct SoftmaxVjpVjpRow : FromOutput {
     sum[1] = fma(in[0], in[2], sum[1]);
   }
   template <class V>
-  static JOPS_HD void emit(const V* in, V, V, const V* sum, V scale, V* out) {
+  static JOPS_HD void emit(const V* in, V, V, V, const V* sum, V scale, V* out) {
     out[0] = scale * (in[2] * (in[1] - sum[0]) - in[1] * sum[1]);
     out[1] = scale * in[0] * (in[2] - sum[1]);
   }
@@ -113,7 +111,7 @@ struct SoftmaxVjpJvpRow : FromOutput {
     if constexpr (kTy) sum[1] = fma(in[kTyAt], in[1], sum[1]);
   }
   template <class V>
-  static JOPS_HD void emit(const V* in, V, V, const V* sum, V scale, V* out) {
+  static JOPS_HD void emit(const V* in, V, V, V, const V* sum, V scale, V* out) {
     const V centred = in[1] - sum[0];
     V t = in[0] * -sum[1];
     if constexpr (kTgy) t = in[0] * (in[kTgyAt] - sum[1]);
@@ -127,15 +125,15 @@ struct LogSoftmaxRow {  // x -> y = x - logsumexp(x)
   static constexpr int kIn = 1, kOut = 1, kSums = 1;
   static constexpr bool kLogits = true;
   template <class V>
-  static JOPS_HD void add(const V*, V d, V, V* sum) {
-    sum[0] += exp(d);
+  static JOPS_HD void add(const V*, V e, V, V* sum) {
+    sum[0] += e;
   }
   template <class V>
   static JOPS_HD void finish(V* sum) {
     sum[0] = log(sum[0]);
   }
   template <class V>
-  static JOPS_HD void emit(const V*, V d, V, const V* sum, V, V* out) {
+  static JOPS_HD void emit(const V*, V d, V, V, const V* sum, V, V* out) {
     out[0] = d - sum[0];
   }
 };
@@ -144,8 +142,8 @@ struct LogSoftmaxJvpRow {  // x, tx -> y, ty = scale (tx - <softmax, tx>)
   static constexpr int kIn = 2, kOut = 2, kSums = 2;
   static constexpr bool kLogits = true;
   template <class V>
-  static JOPS_HD void add(const V* in, V d, V m, V* sum) {
-    SoftmaxJvpRow::add(in, d, m, sum);
+  static JOPS_HD void add(const V* in, V e, V m, V* sum) {
+    SoftmaxJvpRow::add(in, e, m, sum);
   }
   template <class V>
   static JOPS_HD void finish(V* sum) {
@@ -153,7 +151,7 @@ struct LogSoftmaxJvpRow {  // x, tx -> y, ty = scale (tx - <softmax, tx>)
     sum[0] = log(sum[0]);
   }
   template <class V>
-  static JOPS_HD void emit(const V* in, V d, V, const V* sum, V scale, V* out) {
+  static JOPS_HD void emit(const V* in, V d, V, V, const V* sum, V scale, V* out) {
     out[0] = d - sum[0];
     out[1] = scale * (in[1] - sum[1]);
   }
@@ -168,19 +166,19 @@ struct LogSoftmaxVjpRow : FromOutput {  // y, gy -> gx = scale (gy - s sum(gy))
     sum[0] += in[1];
   }
   template <class V>
-  static JOPS_HD void emit(const V* in, V d, V, const V* sum, V scale, V* out) {
-    out[0] = scale * (in[1] - exp(d) * sum[0]);
+  static JOPS_HD void emit(const V* in, V, V e, V, const V* sum, V scale, V* out) {
+    out[0] = scale * (in[1] - e * sum[0]);
   }
 };
 
 struct LogSoftmaxTangentRow : FromOutput {  // y, tx -> ty = scale (tx - <s, tx>)
   static constexpr int kIn = 2, kOut = 1, kSums = 1;
   template <class V>
-  static JOPS_HD void add(const V* in, V d, V, V* sum) {
-    sum[0] = fma(exp(d), in[1], sum[0]);
+  static JOPS_HD void add(const V* in, V e, V, V* sum) {
+    sum[0] = fma(e, in[1], sum[0]);
   }
   template <class V>
-  static JOPS_HD void emit(const V* in, V, V, const V* sum, V scale, V* out) {
+  static JOPS_HD void emit(const V* in, V, V, V, const V* sum, V scale, V* out) {
     out[0] = scale * (in[1] - sum[0]);
   }
 };
@@ -189,13 +187,13 @@ struct LogSoftmaxTangentRow : FromOutput {  // y, tx -> ty = scale (tx - <s, tx>
 struct LogSoftmaxVjpVjpRow : FromOutput {
   static constexpr int kIn = 3, kOut = 2, kSums = 2;
   template <class V>
-  static JOPS_HD void add(const V* in, V d, V, V* sum) {
+  static JOPS_HD void add(const V* in, V e, V, V* sum) {
     sum[0] += in[1];
-    sum[1] = fma(exp(d), in[2], sum[1]);
+    sum[1] = fma(e, in[2], sum[1]);
   }
   template <class V>
-  static JOPS_HD void emit(const V* in, V d, V, const V* sum, V scale, V* out) {
-    out[0] = -scale * exp(d) * in[2] * sum[0];
+  static JOPS_HD void emit(const V* in, V, V e, V, const V* sum, V scale, V* out) {
+    out[0] = -scale * e * in[2] * sum[0];
     out[1] = scale * (in[2] - sum[1]);
   }
 };
@@ -211,12 +209,11 @@ struct LogSoftmaxVjpJvpRow : FromOutput {
     if constexpr (kTgy) sum[1] += in[kTgyAt];
   }
   template <class V>
-  static JOPS_HD void emit(const V* in, V d, V, const V* sum, V scale, V* out) {
-    const V s = exp(d);
+  static JOPS_HD void emit(const V* in, V, V e, V, const V* sum, V scale, V* out) {
     V t = V(0);
-    if constexpr (kTgy) t = in[kTgyAt] - s * sum[1];
-    if constexpr (kTy) t -= s * in[kTyAt] * sum[0];
-    out[0] = scale * (in[1] - s * sum[0]);
+    if constexpr (kTgy) t = in[kTgyAt] - e * sum[1];
+    if constexpr (kTy) t -= e * in[kTyAt] * sum[0];
+    out[0] = scale * (in[1] - e * sum[0]);
     out[1] = scale * t;
   }
 };
