@@ -1,13 +1,12 @@
-"""Drop-in for torch.nn: the same modules, run by jacobian_ops.functional.
+"""Drop-in modules: torch.nn's constructor arguments, attributes and state_dict keys, our kernels.
 
-Each class is the torch.nn class of its name with another ``forward``: constructor arguments,
-attributes, state_dict keys, ``isinstance`` checks and printing are torch's own.
+Each class is a subclass of its torch.nn namesake, so isinstance checks hold.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import functional as F
 from .kernels import resolve
@@ -41,183 +40,183 @@ __all__ = [
 ]
 
 
-class Linear(nn.Linear):
-    """``y = x W^T + b``; see :func:`jacobian_ops.functional.linear`."""
+class Linear(torch.nn.Linear):
+    """As :class:`torch.nn.Linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(*, in_features) -> (*, out_features)."""
+        """``x W^T + b``."""
         return F.linear(input, self.weight, self.bias)
 
 
-class ReLU(nn.ReLU):
-    """``max(x, 0)``."""
+class ReLU(torch.nn.ReLU):
+    """As :class:`torch.nn.ReLU`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.relu`."""
         return F.relu(input, self.inplace)
 
 
-class LeakyReLU(nn.LeakyReLU):
-    """See :func:`jacobian_ops.functional.leaky_relu`."""
+class LeakyReLU(torch.nn.LeakyReLU):
+    """As :class:`torch.nn.LeakyReLU`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.leaky_relu`."""
         return F.leaky_relu(input, self.negative_slope, self.inplace)
 
 
-class ELU(nn.ELU):
-    """See :func:`jacobian_ops.functional.elu`."""
+class ELU(torch.nn.ELU):
+    """As :class:`torch.nn.ELU`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.elu`."""
         return F.elu(input, self.alpha, self.inplace)
 
 
-class SELU(nn.SELU):
-    """See :func:`jacobian_ops.functional.selu`."""
+class SELU(torch.nn.SELU):
+    """As :class:`torch.nn.SELU`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.selu`."""
         return F.selu(input, self.inplace)
 
 
-class CELU(nn.CELU):
-    """See :func:`jacobian_ops.functional.celu`."""
+class CELU(torch.nn.CELU):
+    """As :class:`torch.nn.CELU`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.celu`."""
         return F.celu(input, self.alpha, self.inplace)
 
 
-class Hardtanh(nn.Hardtanh):
-    """See :func:`jacobian_ops.functional.hardtanh`."""
+class ReLU6(torch.nn.ReLU6):
+    """As :class:`torch.nn.ReLU6`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
-        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
-
-
-class ReLU6(nn.ReLU6):
-    """See :func:`jacobian_ops.functional.relu6`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.relu6`."""
         return F.relu6(input, self.inplace)
 
 
-class Sigmoid(nn.Sigmoid):
-    """``1 / (1 + exp(-x))``."""
+class Hardtanh(torch.nn.Hardtanh):
+    """As :class:`torch.nn.Hardtanh`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.hardtanh`."""
+        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class Sigmoid(torch.nn.Sigmoid):
+    """As :class:`torch.nn.Sigmoid`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`jacobian_ops.functional.sigmoid`."""
         return F.sigmoid(input)
 
 
-class Tanh(nn.Tanh):
-    """Hyperbolic tangent."""
+class Tanh(torch.nn.Tanh):
+    """As :class:`torch.nn.Tanh`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.tanh`."""
         return F.tanh(input)
 
 
-class GELU(nn.GELU):
-    """See :func:`jacobian_ops.functional.gelu`."""
+class GELU(torch.nn.GELU):
+    """As :class:`torch.nn.GELU`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
-        return F.gelu(input, approximate=self.approximate)
+        """Apply :func:`jacobian_ops.functional.gelu`."""
+        return F.gelu(input, self.approximate)
 
 
-class SiLU(nn.SiLU):
-    """``x * sigmoid(x)``."""
+class SiLU(torch.nn.SiLU):
+    """As :class:`torch.nn.SiLU`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.silu`."""
         return F.silu(input, self.inplace)
 
 
-class Softplus(nn.Softplus):
-    """See :func:`jacobian_ops.functional.softplus`."""
+class Softplus(torch.nn.Softplus):
+    """As :class:`torch.nn.Softplus`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.softplus`."""
         return F.softplus(input, self.beta, self.threshold)
 
 
-class Mish(nn.Mish):
-    """``x * tanh(softplus(x))``."""
+class Mish(torch.nn.Mish):
+    """As :class:`torch.nn.Mish`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.mish`."""
         return F.mish(input, self.inplace)
 
 
-class Hardswish(nn.Hardswish):
-    """See :func:`jacobian_ops.functional.hardswish`."""
+class Hardswish(torch.nn.Hardswish):
+    """As :class:`torch.nn.Hardswish`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.hardswish`."""
         return F.hardswish(input, self.inplace)
 
 
-class Hardsigmoid(nn.Hardsigmoid):
-    """See :func:`jacobian_ops.functional.hardsigmoid`."""
+class Hardsigmoid(torch.nn.Hardsigmoid):
+    """As :class:`torch.nn.Hardsigmoid`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.hardsigmoid`."""
         return F.hardsigmoid(input, self.inplace)
 
 
-class LogSigmoid(nn.LogSigmoid):
-    """``log(sigmoid(x))``."""
+class LogSigmoid(torch.nn.LogSigmoid):
+    """As :class:`torch.nn.LogSigmoid`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.logsigmoid`."""
         return F.logsigmoid(input)
 
 
-class Softmax(nn.Softmax):
-    """See :func:`jacobian_ops.functional.softmax`."""
+class Softmax(torch.nn.Softmax):
+    """As :class:`torch.nn.Softmax`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Along ``dim``."""
+        """Apply :func:`jacobian_ops.functional.softmax`."""
         return F.softmax(input, self.dim, _stacklevel=5)
 
 
-class LogSoftmax(nn.LogSoftmax):
-    """See :func:`jacobian_ops.functional.log_softmax`."""
+class LogSoftmax(torch.nn.LogSoftmax):
+    """As :class:`torch.nn.LogSoftmax`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Along ``dim``."""
+        """Apply :func:`jacobian_ops.functional.log_softmax`."""
         return F.log_softmax(input, self.dim, _stacklevel=5)
 
 
-class Softmin(nn.Softmin):
-    """See :func:`jacobian_ops.functional.softmin`."""
+class Softmin(torch.nn.Softmin):
+    """As :class:`torch.nn.Softmin`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Along ``dim``."""
+        """Apply :func:`jacobian_ops.functional.softmin`."""
         return F.softmin(input, self.dim, _stacklevel=5)
 
 
-class Dropout(nn.Dropout):
-    """See :func:`jacobian_ops.functional.dropout`."""
+class Dropout(torch.nn.Dropout):
+    """As :class:`torch.nn.Dropout`, with a mask that is never stored."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Elementwise."""
+        """Apply :func:`jacobian_ops.functional.dropout`."""
         return F.dropout(input, self.p, self.training, self.inplace)
 
 
 class LinearActDropout(Linear):
-    """``dropout(activation(x W^T + b), p)`` in one kernel, with the parameters of nn.Linear.
+    """``Dropout(activation(Linear(x)))`` in one pass; state_dict keys of :class:`torch.nn.Linear`.
 
     Args:
         in_features: Size of the last dimension of the input.
         out_features: Size of the last dimension of the result.
-        bias: Whether there is an additive bias.
-        activation: A name in :data:`jacobian_ops.kernels.NAMES`.
-        p: Dropout probability, in training.
+        bias: If False, no bias is learnt.
+        activation: A name that :func:`jacobian_ops.functional.linear_act_dropout` takes.
+        p: Dropout probability.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -232,8 +231,8 @@ class LinearActDropout(Linear):
         bias: bool = True,
         activation: str = "gelu",
         p: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device=None,
+        dtype=None,
     ):
         resolve("LinearActDropout", activation)
         check_p("LinearActDropout", p)
@@ -242,22 +241,22 @@ class LinearActDropout(Linear):
         self.p = p
 
     def forward(self, input: Tensor) -> Tensor:
-        """(*, in_features) -> (*, out_features)."""
+        """Apply :func:`jacobian_ops.functional.linear_act_dropout`."""
         return F.linear_act_dropout(
             input, self.weight, self.bias, self.activation, self.p, self.training
         )
 
     def extra_repr(self) -> str:
-        """What ``print`` shows between the brackets."""
-        return f"{super().extra_repr()}, activation={self.activation}, p={self.p}"
+        """The arguments, for repr."""
+        return f"{super().extra_repr()}, activation={self.activation!r}, p={self.p}"
 
 
-class SoftmaxDropout(nn.Module):
-    """``dropout(softmax(x, dim), p)`` in one kernel.
+class SoftmaxDropout(torch.nn.Module):
+    """``Dropout(Softmax(x))`` in one pass, as attention uses it.
 
     Args:
         dim: The dimension that sums to one.
-        p: Dropout probability, in training.
+        p: Dropout probability.
 
     Raises:
         ValueError: ``p`` is outside [0, 1].
@@ -270,19 +269,19 @@ class SoftmaxDropout(nn.Module):
         self.p = p
 
     def forward(self, input: Tensor) -> Tensor:
-        """Along ``dim``."""
+        """Apply :func:`jacobian_ops.functional.softmax_dropout`."""
         return F.softmax_dropout(input, self.dim, self.p, self.training)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows between the brackets."""
+        """The arguments, for repr."""
         return f"dim={self.dim}, p={self.p}"
 
 
-class DropoutAdd(nn.Module):
-    """``residual + dropout(x, p)`` in one kernel.
+class DropoutAdd(torch.nn.Module):
+    """``residual + Dropout(x)`` in one pass: the end of a residual block.
 
     Args:
-        p: Dropout probability, in training.
+        p: Dropout probability.
 
     Raises:
         ValueError: ``p`` is outside [0, 1].
@@ -294,9 +293,9 @@ class DropoutAdd(nn.Module):
         self.p = p
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        """Elementwise, on tensors of one shape."""
+        """Apply :func:`jacobian_ops.functional.dropout_add`."""
         return F.dropout_add(input, residual, self.p, self.training)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows between the brackets."""
+        """The arguments, for repr."""
         return f"p={self.p}"
