@@ -9,8 +9,6 @@ Tensors are ``x (*batch, M, K)``, ``weight (*batch, N, K)``, ``bias (*batch, N)`
 
 from __future__ import annotations
 
-import torch
-
 from .. import kernels
 from ..kernels._arguments import linear_result
 from .activation import activation_jvp, activation_vjp, from_output
@@ -166,7 +164,7 @@ class LinearActDropout(Rule):
         tz = _tangent(x, weight, *tangents[:3])
         form = from_output(f, params, p)
         ty = activation_vjp(out[0] if form else out[1], tz, seed, form or f, params, p, 1)
-        return ty, tz if keep_z else torch.zeros_like(out[1])
+        return ty, tz if keep_z else None
 
     def dual(primals, tangents):
         x, weight, bias, seed, f, params, p, keep_z = primals

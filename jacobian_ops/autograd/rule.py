@@ -108,7 +108,11 @@ def define(rule: type[Rule]) -> Callable:
     torch.library.register_fake(f"jacobian_ops::{name}", rule.fake, lib=LIBRARY)
     torch.library.register_vmap(f"jacobian_ops::{name}", lambda *a: rule.vmap(*a), lib=LIBRARY)
     if rule.composite is None:
-        function = _function(rule, torch.autograd.Function, rule.kernel, tensors)
+
+        def kernel(*args):  # torch binds the signature of forward: no defaults here
+            return rule.kernel(*args)
+
+        function = _function(rule, torch.autograd.Function, kernel, tensors)
         differentiable = super(torch.autograd.Function, function).apply  # plain: skips checks
         transformable = function.apply
     else:
@@ -195,7 +199,12 @@ def _function(rule, base, forward, tensors):
             forward_ad._set_fwd_grad_enabled(True),
             _autocast_off(),
         ):
-            return rule.jvp(primals, out, tangents[:tensors])
+            ty = rule.jvp(primals, out, tangents[:tensors])
+            if isinstance(ty, tuple):  # the engine wants a tangent for each of several outputs
+                ty = tuple(
+                    torch.zeros_like(o) if t is None else t for o, t in zip(out, ty, strict=True)
+                )
+            return ty
 
     def vmap(info, dims, *args):
         return rule.vmap(info, dims, *args)

@@ -1,0 +1,230 @@
+"""The table of ops that drives the suite: a new op is a row here.
+
+``ours`` is the function under test; ``primitive`` is the same function composed of elementary
+native ops, right at every order of differentiation; ``native`` is the fused native op (or the usual
+composition of native ops) whose accuracy and special values ours is compared with.  Dropout cases
+have a fixed seed, and their references the mask that belongs to it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import jacobian_ops.functional as J
+from jacobian_ops import kernels
+from jacobian_ops.autograd import activation, dropout, linear, softmax
+
+SEED = torch.tensor(20240501)
+P = 0.4
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    ours: Callable
+    primitive: Callable
+    native: Callable
+    shapes: tuple[tuple[int, ...], ...]
+    kinks: tuple[float, ...] = ()  # gradcheck stays away from these
+    third: bool = True  # third order is claimed
+
+    def inputs(self, dtype=torch.float64, requires_grad=False, scale=1.5):
+        """Random tensors of the case's shapes, at a distance from the kinks."""
+        made = []
+        for shape in self.shapes:
+            x = torch.randn(shape, dtype=torch.float64) * scale
+            for kink in self.kinks:
+                near = (x - kink).abs() < 0.05
+                x = torch.where(near, x + 0.2, x)
+            made.append(x.to(dtype))
+        return tuple(x.requires_grad_() for x in made) if requires_grad else tuple(made)
+
+    def __str__(self):
+        return self.name
+
+
+def mask(*shape):
+    """The multipliers of SEED and P for one sample of this shape, in float64."""
+    return kernels.dropout(torch.ones(shape, dtype=torch.float64), P, SEED)
+
+
+def elu(x, alpha=1.0, scale=1.0, rate=1.0):
+    return torch.where(x > 0, scale * x, scale * alpha * torch.expm1(rate * x.clamp(max=0)))
+
+
+def normal_cdf(x):
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def hard(x):
+    return torch.where(x <= -3, 0 * x, torch.where(x >= 3, 0 * x + 1, x / 6 + 0.5))
+
+
+def softmax_primitive(x, dim):
+    e = x.exp()
+    return e / e.sum(dim, keepdim=True)
+
+
+def pointwise(name, primitive, kinks=(), suffix="", **params):
+    ours, native = getattr(J, name), getattr(F, name, None) or getattr(torch, name)
+    return Case(
+        name + suffix,
+        lambda x: ours(x, **params),
+        primitive,
+        lambda x: native(x, **params),
+        ((3, 5),),
+        kinks,
+    )
+
+
+POINTWISE = [
+    pointwise("relu", lambda x: torch.where(x > 0, x, 0 * x), (0.0,)),
+    pointwise("leaky_relu", lambda x: torch.where(x > 0, x, 0.01 * x), (0.0,)),
+    pointwise(
+        "leaky_relu",
+        lambda x: torch.where(x > 0, x, -0.5 * x),
+        (0.0,),
+        "-negative_slope",
+        negative_slope=-0.5,
+    ),
+    pointwise("elu", elu, (0.0,)),
+    pointwise("elu", lambda x: elu(x, 0.7), (0.0,), "-alpha", alpha=0.7),
+    pointwise("selu", lambda x: elu(x, 1.6732632423543772, 1.0507009873554805), (0.0,)),
+    pointwise("celu", elu, (0.0,)),
+    pointwise("celu", lambda x: elu(x, 1.3, 1.0, 1 / 1.3), (0.0,), "-alpha", alpha=1.3),
+    pointwise("relu6", lambda x: x.clamp(0, 6), (0.0, 6.0)),
+    pointwise("hardtanh", lambda x: x.clamp(-1, 1), (-1.0, 1.0)),
+    pointwise(
+        "hardtanh",
+        lambda x: x.clamp(0.5, 2.0),
+        (0.5, 2.0),
+        "-bounds",
+        min_val=0.5,
+        max_val=2.0,
+    ),
+    pointwise("sigmoid", lambda x: 1 / (1 + torch.exp(-x))),
+    pointwise("tanh", lambda x: 1 - 2 / (torch.exp(2 * x) + 1)),
+    pointwise("gelu", lambda x: x * normal_cdf(x)),
+    pointwise("gelu", gelu_tanh, (), "-tanh", approximate="tanh"),
+    pointwise("silu", lambda x: x / (1 + torch.exp(-x))),
+    pointwise("softplus", lambda x: torch.log1p(torch.exp(x))),
+    pointwise(
+        "softplus",
+        lambda x: torch.where(2 * x > 3, x, torch.log1p(torch.exp(2 * x)) / 2),
+        (1.5,),
+        "-beta",
+        beta=2.0,
+        threshold=3.0,
+    ),
+    pointwise("mish", lambda x: x * torch.tanh(torch.log1p(torch.exp(x)))),
+    pointwise("hardswish", lambda x: x * hard(x), (-3.0, 3.0)),
+    pointwise("hardsigmoid", hard, (-3.0, 3.0)),
+    pointwise("logsigmoid", lambda x: -torch.log1p(torch.exp(-x))),
+]
+
+
+def along(name, dim, shape, primitive):
+    ours, native = getattr(J, name), getattr(F, name)
+    label = f"{name}-dim{dim}"
+    return Case(label, lambda x: ours(x, dim), primitive, lambda x: native(x, dim), (shape,))
+
+
+SOFTMAX = [
+    along("softmax", -1, (2, 3, 5), lambda x: softmax_primitive(x, -1)),
+    along("softmax", 0, (4, 3), lambda x: softmax_primitive(x, 0)),
+    along("softmax", 1, (2, 4, 3), lambda x: softmax_primitive(x, 1)),
+    along("softmin", -1, (3, 5), lambda x: softmax_primitive(-x, -1)),
+    along("softmin", 0, (4, 3), lambda x: softmax_primitive(-x, 0)),
+    along("log_softmax", -1, (3, 5), lambda x: x - x.exp().sum(-1, True).log()),
+    along("log_softmax", 1, (2, 4, 3), lambda x: x - x.exp().sum(1, True).log()),
+]
+
+M35, M45 = mask(3, 5), mask(4, 5)
+
+
+def scaled(m):
+    """Multiply by a mask in the dtype of the tensor."""
+    return lambda x: x * m.to(x.dtype)
+
+
+DROPOUT = [
+    Case(
+        "dropout",
+        lambda x: dropout.dropout(x, SEED, P),
+        scaled(M35),
+        scaled(M35),
+        ((3, 5),),
+    ),
+    Case(
+        "dropout_add",
+        lambda x, r: dropout.dropout_add(x, r, SEED, P),
+        lambda x, r: r + x * M35,
+        lambda x, r: r + x * M35.to(x.dtype),
+        ((3, 5), (3, 5)),
+    ),
+    Case(
+        "softmax_dropout-dim1",
+        lambda x: softmax.softmax_dropout(x, SEED, 1, P),
+        lambda x: softmax_primitive(x, 1) * M35,
+        lambda x: F.softmax(x, 1) * M35.to(x.dtype),
+        ((3, 5),),
+    ),
+    Case(
+        "softmax_dropout-dim0",
+        lambda x: softmax.softmax_dropout(x, SEED, 0, P),
+        lambda x: softmax_primitive(x, 0) * M35,
+        lambda x: F.softmax(x, 0) * M35.to(x.dtype),
+        ((3, 5),),
+    ),
+]
+
+
+def fused(name, p):
+    """linear_act_dropout with a fixed seed: (4, 3) x (5, 3) + (5)."""
+    f = kernels.resolve("tests", name)
+    act = next(c for c in POINTWISE if c.name == name.replace("_tanh", "-tanh"))
+
+    def ours(x, weight, bias):
+        keep_z = activation.from_output(f.function, f.params, p) is None
+        seed = SEED if p else None
+        return linear.linear_act_dropout(x, weight, bias, seed, f.function, f.params, p, keep_z)[0]
+
+    def reference(f):
+        def run(x, weight, bias):
+            y = f(F.linear(x, weight, bias))
+            return y * M45.to(x.dtype) if p else y
+
+        return run
+
+    return Case(
+        f"linear_{name}_dropout-p{p}",
+        ours,
+        reference(act.primitive),
+        reference(act.native),
+        ((4, 3), (5, 3), (5,)),
+        third=name not in ("relu", "leaky_relu", "relu6"),
+    )
+
+
+LINEAR = [
+    Case("linear", J.linear, lambda x, w, b: x @ w.T + b, F.linear, ((4, 3), (5, 3), (5,))),
+    Case("linear-no_bias", J.linear, lambda x, w: x @ w.mT, F.linear, ((2, 4, 3), (5, 3))),
+    Case("linear-vector", J.linear, lambda x, w, b: x @ w.T + b, F.linear, ((3,), (5, 3), (5,))),
+    fused("gelu", 0.0),
+    fused("gelu", P),
+    fused("silu", P),
+    fused("relu", 0.0),
+    fused("relu", P),
+    fused("relu6", P),
+    fused("tanh", 0.0),
+    fused("tanh", P),
+]
+
+CASES = POINTWISE + SOFTMAX + DROPOUT + LINEAR

@@ -1,0 +1,167 @@
+"""torch.ops.jacobian_ops: opcheck on every op, and the public autograd Functions."""
+
+import pytest
+import torch
+
+from jacobian_ops.autograd import activation, dropout, linear, softmax
+
+D = torch.float64
+
+
+def leaf(*shape):
+    return torch.randn(*shape, dtype=D).requires_grad_()
+
+
+SEED = torch.tensor(7)
+ACT = (None, "gelu", [], 0.0)
+MASKED = (SEED, "tanh", [], 0.4)
+SAMPLES = {
+    "activation": [(leaf(3, 4), *ACT), (leaf(3, 4), *MASKED), (leaf(3, 4).T, *ACT)],
+    "activation_vjp": [
+        (leaf(3, 4), leaf(3, 4), *ACT, 1),
+        (leaf(3, 4), leaf(3, 4), *MASKED, 2),
+        (torch.randn(3, 4), torch.randn(3, 4), *ACT, 3),
+    ],
+    "activation_jvp": [(leaf(3, 4), leaf(3, 4), *ACT), (leaf(3, 4), leaf(3, 4), *MASKED)],
+    "activation_vjp_vjp": [(leaf(3, 4), leaf(3, 4), leaf(3, 4), *MASKED, 1)],
+    "activation_vjp_jvp": [
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), *MASKED, 1),
+        (leaf(3, 4), leaf(3, 4), None, leaf(3, 4), *ACT, 1),
+        (torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4), None, *ACT, 2),
+    ],
+    "softmax": [(leaf(3, 4), 1, 1.0), (leaf(3, 4).T, 0, -1.0)],
+    "softmax_vjp": [(leaf(3, 4), leaf(3, 4), 0, -1.0)],
+    "softmax_jvp": [(leaf(3, 4), leaf(3, 4), 1, 1.0)],
+    "softmax_vjp_vjp": [(leaf(3, 4), leaf(3, 4), leaf(3, 4), 1, -1.0)],
+    "softmax_vjp_jvp": [
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), 1, -1.0),
+        (leaf(3, 4), leaf(3, 4), None, leaf(3, 4), 1, 1.0),
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), None, 1, 1.0),
+    ],
+    "log_softmax": [(leaf(3, 4), 0)],
+    "log_softmax_vjp": [(leaf(3, 4), leaf(3, 4), 1)],
+    "log_softmax_tangent": [(leaf(3, 4), leaf(3, 4), 1)],
+    "log_softmax_jvp": [(leaf(3, 4), leaf(3, 4), 1)],
+    "log_softmax_vjp_vjp": [(leaf(3, 4), leaf(3, 4), leaf(3, 4), 1)],
+    "log_softmax_vjp_jvp": [
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), 1),
+        (leaf(3, 4), leaf(3, 4), None, leaf(3, 4), 1),
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), None, 1),
+    ],
+    "softmax_dropout": [(leaf(3, 4), SEED, 1, 0.4)],
+    "softmax_dropout_vjp": [(leaf(3, 4), leaf(3, 4), SEED, 1, 0.4)],
+    "softmax_dropout_jvp": [(leaf(3, 4), leaf(3, 4), SEED, 1, 0.4)],
+    "dropout": [(leaf(3, 4), SEED, 0.4), (leaf(3, 4), torch.tensor([1, 2, 3]), 0.4)],
+    "dropout_add": [(leaf(3, 4), leaf(3, 4), SEED, 0.4)],
+    "linear": [(leaf(3, 4), leaf(5, 4), leaf(5)), (leaf(2, 3, 4), leaf(2, 5, 4), None)],
+    "linear_jvp": [
+        (leaf(3, 4), leaf(5, 4), leaf(5), leaf(3, 4), leaf(5, 4), leaf(5)),
+        (leaf(3, 4), leaf(5, 4), None, None, leaf(5, 4), None),
+        (leaf(3, 4), leaf(5, 4), leaf(5), None, None, leaf(5)),
+    ],
+    "column_sum": [(leaf(3, 4),), (leaf(2, 3, 4),)],
+    "linear_act_dropout": [
+        (leaf(3, 4), leaf(5, 4), leaf(5), SEED, "gelu", [], 0.4, True),
+        (leaf(3, 4), leaf(5, 4), None, None, "relu", [], 0.0, False),
+    ],
+}
+# The highest derivative of the activation in the op.
+ORDERS = {
+    "activation": lambda args: 0,
+    "activation_vjp": lambda args: args[-1],
+    "activation_jvp": lambda args: 1,
+    "activation_vjp_vjp": lambda args: args[-1] + 1,
+    "activation_vjp_jvp": lambda args: args[-1] + (args[2] is not None),
+}
+MODULES = (activation, softmax, dropout, linear)
+CALLS = {
+    n: getattr(m, n) for m in MODULES for n in SAMPLES if hasattr(getattr(m, n, None), "Function")
+}
+
+
+def test_every_op_is_here():
+    registered = {
+        s.name.split("::")[1]
+        for s in torch._C._jit_get_all_schemas()
+        if s.name.startswith("jacobian_ops::")
+    }
+    assert registered == SAMPLES.keys() == CALLS.keys()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name):
+    op = getattr(torch.ops.jacobian_ops, name).default
+    for args in SAMPLES[name]:
+        results = torch.library.opcheck(op, args)
+        assert set(results.values()) == {"SUCCESS"}, results
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_op_is_differentiable(name):
+    """Each op of the closed set by itself: reverse, forward and both, as gradcheck sees it."""
+    op = getattr(torch.ops.jacobian_ops, name).default
+    for args in SAMPLES[name]:
+        where = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad]
+
+        def f(*tensors, args=args, where=where):
+            full = list(args)
+            for i, t in zip(where, tensors, strict=True):
+                full[i] = t
+            y = op(*full)
+            return y if isinstance(y, torch.Tensor) else tuple(v for v in y if v.numel())
+
+        leaves = [args[i].detach().requires_grad_() for i in where]
+        # Derivatives of an activation end with the third.
+        left = 3 - ORDERS[name](args) if name in ORDERS else 2
+        if left >= 1:
+            torch.autograd.gradcheck(f, leaves, check_forward_ad=True)
+        if left >= 2:
+            torch.autograd.gradgradcheck(f, leaves, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CALLS.items() if c.Function is not None])
+def test_public_function(name):
+    """The torch.autograd.Function of an op is right by itself, under torch.func too."""
+    function, op = CALLS[name].Function, getattr(torch.ops.jacobian_ops, name).default
+    assert issubclass(function, torch.autograd.Function)
+    args = SAMPLES[name][0]
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+
+    def apply(call):
+        def f(*tensors):
+            tensors = iter(tensors)
+            y = call(
+                *(
+                    next(tensors) if isinstance(a, torch.Tensor) and a.requires_grad else a
+                    for a in args
+                )
+            )
+            return y[0] if isinstance(y, tuple) else y
+
+        return f
+
+    ours, theirs = apply(function.apply), apply(op)
+    xs = tuple(x.detach() for x in leaves)
+    ts = tuple(torch.randn_like(x) for x in xs)
+    torch.testing.assert_close(torch.func.jvp(ours, xs, ts), torch.func.jvp(theirs, xs, ts))
+    for run in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(run(ours)(*xs), run(theirs)(*xs))
+    stacked = [torch.stack([x, -x]) for x in xs]
+    torch.testing.assert_close(torch.vmap(ours)(*stacked), torch.vmap(theirs)(*stacked))
+
+
+def test_grad_fn_bears_the_name():
+    x = leaf(3)
+    assert type(activation.activation(x, *ACT).grad_fn).__name__ == "ActivationBackward"
+    assert type(softmax.softmax(x, 0, 1.0).grad_fn).__name__ == "SoftmaxBackward"
+
+
+def test_raw_op_under_jvp_is_not_zero():
+    """custom_op with register_autograd gives silent zero tangents here."""
+    op = torch.ops.jacobian_ops.softmax.default
+    x = torch.tensor([[0.1, 0.7, -0.3]], dtype=D)
+    t = torch.tensor([[1.0, 0.0, -1.0]], dtype=D)
+    _, ty = torch.func.jvp(lambda z: op(z, 1, 1.0), (x,), (t,))
+    y = x.softmax(1)
+    torch.testing.assert_close(ty, y * (t - (y * t).sum()))
+    assert ty.abs().max() > 0.1
