@@ -71,12 +71,12 @@ def _tiny(*tensors: Tensor) -> bool:
 
 def _ours(op: str, input: Tensor) -> bool:
     """Whether there are kernels for ``input``; what native ops take as well is left to them."""
-    if input.dtype in _backend.DTYPES and input.is_cpu and input.layout is torch.strided:
-        return True
     if not isinstance(input, Tensor):
         raise TypeError(
             f"{op}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}"
         )
+    if input.dtype in _backend.DTYPES and input.is_cpu and input.layout is torch.strided:
+        return True
     if input.dtype in _backend.DTYPES and input.layout is torch.strided:
         if input.is_meta:
             return True
@@ -99,8 +99,6 @@ def _native(op: str, native, input: Tensor, *args, **kwargs):
 def _pointwise(public, native, input, inplace=False, **params):
     """The common way of all activations; ``params`` are those of torch.nn.functional."""
     op = public.__name__
-    if not isinstance(input, Tensor):
-        _ours(op, input)
     if has_torch_function_unary(input):
         return handle_torch_function(public, (input,), input, **_given(inplace=inplace), **params)
     if not _ours(op, input):
@@ -191,8 +189,6 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         raise RuntimeError(
             f"gelu: approximate argument must be either none or tanh, got {approximate!r}"
         )
-    if not isinstance(input, Tensor):
-        _ours("gelu", input)
     if has_torch_function_unary(input):
         return handle_torch_function(gelu, (input,), input, approximate=approximate)
     if not _ours("gelu", input):
@@ -280,8 +276,6 @@ def softmin(
 
 def _along_dim(public, native, input, dim, _stacklevel, dtype):
     op = public.__name__
-    if not isinstance(input, Tensor):
-        _ours(op, input)
     if has_torch_function_unary(input):
         return handle_torch_function(
             public, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
@@ -342,8 +336,6 @@ def dropout(
     Raises:
         ValueError: ``p`` is outside [0, 1].
     """
-    if not isinstance(input, Tensor):
-        _ours("dropout", input)
     if has_torch_function_unary(input):
         extra = _given(generator=generator)
         return handle_torch_function(

@@ -146,8 +146,15 @@ def linear_jvp(
     """
     op = "linear_jvp"
     _check(op, "x weight bias", x, weight, bias)
-    _check(op, "tx weight tbias", x if tx is None else tx, weight, tbias)
-    _check(op, "x tweight tbias", x, weight if tweight is None else tweight, None)
+    for name, primal, t in (("tx", x, tx), ("tweight", weight, tweight), ("tbias", bias, tbias)):
+        if t is not None:
+            check_same(op, "x", x, name, t)
+            shape = weight.shape[:-1] if primal is None else primal.shape
+            if t.shape != shape:
+                raise RuntimeError(
+                    f"{op}: {name} has shape {list(t.shape)}; allowed: {list(shape)}, the shape of "
+                    "its primal"
+                )
     y = _product(op, x, weight, bias, linear_result(x, weight), False)
     ty = linear_result(x, weight)
     if tx is not None:

@@ -1,0 +1,178 @@
+"""The raw products on tensors and arrays, and the native module's own last line of checks."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+from jacobian_ops import _backend, _cpu, kernels
+
+X = np.linspace(-2, 2, 12).reshape(3, 4)
+
+
+def test_classic_calls():
+    """vjp(x, weight, gy) as textbooks write it."""
+    x, w, gy = torch.randn(3, 4), torch.randn(5, 4), torch.randn(3, 5)
+    gx, gw, gb = kernels.linear_vjp(x, w, gy)
+    torch.testing.assert_close(gx, gy @ w)
+    torch.testing.assert_close(gw, gy.T @ x)
+    torch.testing.assert_close(gb, gy.sum(0))
+    assert torch.equal(kernels.activation_vjp(x, x, "relu"), x * (x > 0))
+    y, ty = kernels.softmax_jvp(x, x, -1)
+    torch.testing.assert_close(y, x.softmax(-1))
+    torch.testing.assert_close(ty, y * (x - (y * x).sum(-1, True)))
+
+
+def test_arrays_in_arrays_out():
+    results = {
+        "activation": kernels.activation(X, "tanh"),
+        "activation_vjp": kernels.activation_vjp(X, X, "tanh"),
+        "softmax": kernels.softmax(X, 1),
+        "softmax_vjp": kernels.softmax_vjp(X, X, 1),
+        "log_softmax": kernels.log_softmax(X, 1),
+        "dropout": kernels.dropout(X, 0.5, 1),
+        "dropout_vjp": kernels.dropout_vjp(X, 0.5, 1),
+        "linear": kernels.linear(X, X),
+        "column_sum": kernels.column_sum(X),
+    }
+    for name, r in results.items():
+        assert type(r) is np.ndarray and r.dtype == np.float64, name
+    np.testing.assert_allclose(results["activation"], np.tanh(X))
+    np.testing.assert_allclose(results["linear"], X @ X.T)
+    y, ty = kernels.softmax_jvp(X, X, 1)
+    np.testing.assert_allclose(y, np.exp(X) / np.exp(X).sum(1, keepdims=True))
+    np.testing.assert_allclose(ty, y * (X - (y * X).sum(1, keepdims=True)))
+    y, z = kernels.linear_act_dropout(X, X, None, "relu")
+    assert type(y) is np.ndarray and z is None
+    np.testing.assert_allclose(kernels.activation(x=X, name="relu"), X.clip(0))
+
+
+def test_arrays_are_not_copied(monkeypatch):
+    seen = []
+    buffer = _backend.buffer
+
+    def spy(t):
+        seen.append(t.data_ptr())
+        return buffer(t)
+
+    monkeypatch.setattr(_backend, "buffer", spy)
+    out = np.empty_like(X)
+    y = kernels.softmax(X, 1, out=out)
+    assert seen == [X.ctypes.data, out.ctypes.data]
+    assert y.ctypes.data == out.ctypes.data
+
+
+def test_read_only_arrays(recwarn):
+    x = X.copy()
+    x.flags.writeable = False
+    kernels.softmax(x, 1)
+    assert not recwarn.list
+
+
+def test_out():
+    x = torch.randn(3, 4)
+    out = torch.empty(3, 4)
+    version = out._version
+    assert kernels.softmax(x, 1, out=out) is out
+    assert out._version > version  # autograd sees the write
+    torch.testing.assert_close(out, x.softmax(1))
+    y, ty = torch.empty(3, 4), torch.empty(3, 4)
+    kernels.activation_jvp(x, x, "silu", out=(y, ty))
+    torch.testing.assert_close(y, torch.nn.functional.silu(x))
+    w = torch.randn(5, 4)
+    torch.testing.assert_close(kernels.linear(x, w, out=torch.empty(3, 5)), x @ w.T)
+
+
+def test_every_activation_has_every_product():
+    x, a, b = (torch.randn(7, dtype=torch.float64) for _ in range(3))
+    for name in kernels.NAMES:
+        f1, f2 = (kernels.activation_vjp(x, torch.ones_like(x), name, order=k) for k in (1, 2))
+        hx, hgy = kernels.activation_vjp_vjp(x, a, b, name)
+        torch.testing.assert_close(hx, f2 * a * b)
+        torch.testing.assert_close(hgy, f1 * b)
+        gx, tgx = kernels.activation_vjp_jvp(x, a, b, b, name)
+        torch.testing.assert_close(gx, f1 * a)
+        torch.testing.assert_close(tgx, f2 * a * b + f1 * b)
+
+
+def test_docstrings():
+    for name in kernels.__all__:
+        f = getattr(kernels, name)
+        if inspect.isfunction(f):
+            assert f.__doc__, name
+
+
+# Native entry points, called as no Python code of ours calls them.
+F32 = 0
+MEMORY = torch.zeros(64)
+PTR = MEMORY.data_ptr()
+RELU = (_cpu.activations()["relu"], 0.0, 0.0, 0.0)
+
+
+def matrix(rows, cols, extent=None, row_stride=None, ptr=PTR):
+    row_stride = cols if row_stride is None else row_stride
+    reach = 1 + (rows - 1) * row_stride + cols - 1
+    extent = reach if extent is None else extent
+    return (ptr, extent, F32, 1, rows, cols, 0, row_stride, 1)
+
+
+BAD = {
+    "too small an output": lambda: _cpu.activation(RELU, (PTR, 9, F32), (PTR, 8, F32), None, 1),
+    "null input": lambda: _cpu.activation(RELU, (0, 8, F32), (PTR, 8, F32), None, 1),
+    "null output": lambda: _cpu.activation(RELU, (PTR, 8, F32), (0, 8, F32), None, 1),
+    "dtypes differ": lambda: _cpu.activation(RELU, (PTR, 8, F32), (PTR, 8, 1), None, 1),
+    "unknown dtype": lambda: _cpu.activation(RELU, (PTR, 8, 17), (PTR, 8, 17), None, 1),
+    "negative size": lambda: _cpu.activation(RELU, (PTR, -1, F32), (PTR, -1, F32), None, 1),
+    "unknown activation": lambda: _cpu.activation(
+        (99, 0.0, 0.0, 0.0), (PTR, 8, F32), (PTR, 8, F32), None, 1
+    ),
+    "order": lambda: _cpu.activation_vjp(
+        RELU, 4, (PTR, 8, F32), (PTR, 8, F32), (PTR, 8, F32), None, 1
+    ),
+    "no threads": lambda: _cpu.activation(RELU, (PTR, 8, F32), (PTR, 8, F32), None, 0),
+    "rows do not fill": lambda: _cpu.softmax((2, 3, 1, 1.0), (PTR, 8, F32), (PTR, 8, F32), 1),
+    "rows overflow": lambda: _cpu.softmax((2**40, 2**40, 1, 1.0), (PTR, 8, F32), (PTR, 8, F32), 1),
+    "negative rows": lambda: _cpu.softmax((-2, -4, 1, 1.0), (PTR, 8, F32), (PTR, 8, F32), 1),
+    "vjp: short cotangent": lambda: _cpu.softmax_vjp(
+        (2, 4, 1, 1.0), (PTR, 8, F32), (PTR, 7, F32), (PTR, 8, F32), 1
+    ),
+    "p": lambda: _cpu.dropout((PTR, 8, F32), (PTR, 8, F32), (1.5, PTR, 1), 1),
+    "null seed": lambda: _cpu.dropout((PTR, 8, F32), (PTR, 8, F32), (0.5, 0, 1), 1),
+    "seeds do not divide": lambda: _cpu.dropout((PTR, 8, F32), (PTR, 8, F32), (0.5, PTR, 3), 1),
+    "matrix beyond its memory": lambda: _cpu.linear(
+        matrix(2, 3, extent=5), matrix(4, 3), None, matrix(2, 4), False, 1
+    ),
+    "strides beyond its memory": lambda: _cpu.linear(
+        matrix(2, 3, extent=6, row_stride=100), matrix(4, 3), None, matrix(2, 4), False, 1
+    ),
+    "inner sizes differ": lambda: _cpu.linear(
+        matrix(2, 3), matrix(4, 2), None, matrix(2, 4), False, 1
+    ),
+    "wrong output": lambda: _cpu.linear(matrix(2, 3), matrix(4, 3), None, matrix(2, 5), False, 1),
+    "short bias": lambda: _cpu.linear(
+        matrix(2, 3), matrix(4, 3), (PTR, 3, F32), matrix(2, 4), False, 1
+    ),
+    "null weight": lambda: _cpu.linear(
+        matrix(2, 3), matrix(4, 3, ptr=0), None, matrix(2, 4), False, 1
+    ),
+    "overlapping output rows": lambda: _cpu.linear(
+        matrix(2, 3), matrix(4, 3), None, matrix(2, 4, extent=8, row_stride=0), False, 1
+    ),
+    "column_sum: short output": lambda: _cpu.column_sum(matrix(2, 3), (PTR, 2, F32), 1),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_native_checks(name):
+    before = MEMORY.clone()
+    with pytest.raises(ValueError, match=r"^\w+: \w+"):
+        BAD[name]()
+    assert torch.equal(MEMORY, before)
+
+
+def test_native_arguments_are_typed():
+    with pytest.raises(TypeError):
+        _cpu.activation(RELU, "x", (PTR, 8, F32), None, 1)
+    with pytest.raises(TypeError):
+        _cpu.softmax((2, 4), (PTR, 8, F32), (PTR, 8, F32), 1)
