@@ -53,16 +53,16 @@ _forked = False
 
 
 def threads() -> int:
-    """Threads for the next kernel: torch's setting, but one in a forked child.
-
-    GNU OpenMP's pool does not survive fork: a child would wait forever at its first region.
-    """
+    """Threads for the next kernel: torch's setting, but one in a forked child."""
     return 1 if _forked else torch.get_num_threads()
 
 
 def _after_fork():
+    # GNU OpenMP's pool does not survive fork: the child would wait forever at its first region of
+    # several threads, be it ours or one of a native op beside ours.
     global _forked
     _forked = True
+    torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
