@@ -8,6 +8,8 @@ TORCH ?=
 # Worker processes of pytest, and options for it (-k softmax, -x).
 WORKERS ?= 2
 PYTEST_FLAGS ?=
+# Options of the bench.
+BENCH_FLAGS ?= --json results/bench.json --csv results/bench.csv --plot results/bench.png
 
 PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.environment

@@ -1,4 +1,5 @@
-// The Python module of a backend: one line a kernel. Arguments are plain tuples, described at the casters.
+// The Python module of a backend: one line a kernel. Arguments are plain tuples, described at the
+// casters.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,7 +9,8 @@ namespace py = pybind11;
 
 namespace jops {
 
-// Reads a tuple of exactly the given fields; false, so that pybind11 raises TypeError, if it is not one.
+// Reads a tuple of exactly the given fields; false, so that pybind11 raises TypeError, if it is not
+// one.
 template <class... Fields>
 bool read(py::handle source, Fields&... fields) {
   if (!py::isinstance<py::tuple>(source)) return false;
@@ -131,6 +133,12 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   def("linear", k.linear);
   def("linear_act_dropout", k.linear_act_dropout);
   def("column_sum", k.column_sum);
+
+  m.def("fma_peak", [&k](int dtype, const jops::Exec& exec) {
+    const py::gil_scoped_release release;
+    return k.fma_peak(static_cast<jops::Dtype>(dtype), exec);
+  });
+  def("copy_bandwidth", k.copy_bandwidth);
 
   m.attr("version") = JOPS_VERSION;
   m.def("isa", jops::isa);

@@ -90,12 +90,10 @@ class Check {
       fail("rows", "a finite scale other than 0", std::to_string(r.scale));
     }
     std::int64_t product = 0;
-    if (r.outer < 0 || r.n < 0 || r.inner < 0 ||
-        __builtin_mul_overflow(r.outer, r.n, &product) ||
+    if (r.outer < 0 || r.n < 0 || r.inner < 0 || __builtin_mul_overflow(r.outer, r.n, &product) ||
         __builtin_mul_overflow(product, r.inner, &product) || product != first_.size) {
       fail("rows", "extents whose product is " + std::to_string(first_.size),
-           std::to_string(r.outer) + " x " + std::to_string(r.n) + " x " +
-               std::to_string(r.inner));
+           std::to_string(r.outer) + " x " + std::to_string(r.n) + " x " + std::to_string(r.inner));
     }
   }
 
@@ -317,8 +315,7 @@ void log_softmax_vjp_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, co
 }
 
 void log_softmax_vjp_jvp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& ty,
-                         const Buffer& tgy, const Buffer& gx, const Buffer& tgx,
-                         const Exec& exec) {
+                         const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec& exec) {
   Check check("log_softmax_vjp_jvp", exec);
   check.one_of("ty, tgy", ty, tgy);
   const bool empty = by_rows(check, rows, {{"y", y}, {"gy", gy}, {"gx", gx}, {"tgx", tgx}});
@@ -350,8 +347,7 @@ void softmax_dropout_jvp(const Rows& rows, const Buffer& x, const Buffer& tx, co
 }
 
 // y (B, M, N) = x (B, M, K) w (B, N, K)^T + bias (B N, or N); a batch of 1 broadcasts.
-void products(Check& check, const Matrix& x, const Matrix& w, const Buffer& bias,
-              const Matrix& y) {
+void products(Check& check, const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y) {
   check.first("x", x);
   check.matrix("w", w);
   check.same_dtype("w", w.dtype);
@@ -398,18 +394,47 @@ void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
   run.column_sum(x, y, exec);
 }
 
+double fma_peak(Dtype dtype, const Exec& exec) {
+  Check("fma_peak", exec).dtype("dtype", dtype);
+  return run.fma_peak(dtype, exec);
+}
+
+double copy_bandwidth(std::int64_t bytes, bool non_temporal, const Exec& exec) {
+  const Check check("copy_bandwidth", exec);
+  if (bytes < 1) check.fail("bytes", "at least 1", std::to_string(bytes));
+  return run.copy_bandwidth(bytes, non_temporal, exec);
+}
+
 }  // namespace
 
 Kernels checked(const Kernels& unchecked) {
   run = unchecked;
-  return {activation,          activation_vjp,      activation_jvp,
-          activation_vjp_vjp,  activation_vjp_jvp,  dropout,
-          dropout_add,         softmax,             softmax_vjp,
-          softmax_jvp,         softmax_vjp_vjp,     softmax_vjp_jvp,
-          log_softmax,         log_softmax_vjp,     log_softmax_tangent,
-          log_softmax_jvp,     log_softmax_vjp_vjp, log_softmax_vjp_jvp,
-          softmax_dropout,     softmax_dropout_vjp, softmax_dropout_jvp,
-          linear,              linear_act_dropout,  column_sum};
+  return {activation,
+          activation_vjp,
+          activation_jvp,
+          activation_vjp_vjp,
+          activation_vjp_jvp,
+          dropout,
+          dropout_add,
+          softmax,
+          softmax_vjp,
+          softmax_jvp,
+          softmax_vjp_vjp,
+          softmax_vjp_jvp,
+          log_softmax,
+          log_softmax_vjp,
+          log_softmax_tangent,
+          log_softmax_jvp,
+          log_softmax_vjp_vjp,
+          log_softmax_vjp_jvp,
+          softmax_dropout,
+          softmax_dropout_vjp,
+          softmax_dropout_jvp,
+          linear,
+          linear_act_dropout,
+          column_sum,
+          fma_peak,
+          copy_bandwidth};
 }
 
 }  // namespace jops

@@ -27,9 +27,9 @@ bool runs(const char* name) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  const bool avx512 =
-      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
   if (!std::strcmp(name, "avx2")) return avx2;
   if (!std::strcmp(name, "avx512")) return avx512;
   if (!std::strcmp(name, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
@@ -101,35 +101,56 @@ std::string compiler() {
 
 const char* activation_name(Activation code) {
   switch (code) {
-    case Activation::kIdentity: return "identity";
-    case Activation::kRelu: return "relu";
-    case Activation::kLeakyRelu: return "leaky_relu";
-    case Activation::kElu: return "elu";
-    case Activation::kHardtanh: return "hardtanh";
-    case Activation::kSigmoid: return "sigmoid";
-    case Activation::kTanh: return "tanh";
-    case Activation::kGelu: return "gelu";
-    case Activation::kGeluTanh: return "gelu_tanh";
-    case Activation::kSilu: return "silu";
-    case Activation::kSoftplus: return "softplus";
-    case Activation::kMish: return "mish";
-    case Activation::kHardswish: return "hardswish";
-    case Activation::kHardsigmoid: return "hardsigmoid";
-    case Activation::kLogsigmoid: return "logsigmoid";
-    case Activation::kSigmoidY: return "sigmoid_y";
-    case Activation::kTanhY: return "tanh_y";
-    case Activation::kEluY: return "elu_y";
-    case Activation::kCount: break;
+    case Activation::kIdentity:
+      return "identity";
+    case Activation::kRelu:
+      return "relu";
+    case Activation::kLeakyRelu:
+      return "leaky_relu";
+    case Activation::kElu:
+      return "elu";
+    case Activation::kHardtanh:
+      return "hardtanh";
+    case Activation::kSigmoid:
+      return "sigmoid";
+    case Activation::kTanh:
+      return "tanh";
+    case Activation::kGelu:
+      return "gelu";
+    case Activation::kGeluTanh:
+      return "gelu_tanh";
+    case Activation::kSilu:
+      return "silu";
+    case Activation::kSoftplus:
+      return "softplus";
+    case Activation::kMish:
+      return "mish";
+    case Activation::kHardswish:
+      return "hardswish";
+    case Activation::kHardsigmoid:
+      return "hardsigmoid";
+    case Activation::kLogsigmoid:
+      return "logsigmoid";
+    case Activation::kSigmoidY:
+      return "sigmoid_y";
+    case Activation::kTanhY:
+      return "tanh_y";
+    case Activation::kCount:
+      break;
   }
   return "";
 }
 
 const char* dtype_name(Dtype dtype) {
   switch (dtype) {
-    case Dtype::kFloat32: return "float32";
-    case Dtype::kFloat64: return "float64";
-    case Dtype::kBfloat16: return "bfloat16";
-    case Dtype::kFloat16: return "float16";
+    case Dtype::kFloat32:
+      return "float32";
+    case Dtype::kFloat64:
+      return "float64";
+    case Dtype::kBfloat16:
+      return "bfloat16";
+    case Dtype::kFloat16:
+      return "float16";
   }
   return "unknown";
 }

@@ -21,7 +21,8 @@ struct Buffer {
   bool given() const { return size >= 0; }
 };
 
-// batch x rows x cols, strides in elements and not negative; `extent` elements are reachable from data.
+// batch x rows x cols, strides in elements and not negative; `extent` elements are reachable from
+// data.
 struct Matrix {
   void* data = nullptr;
   std::int64_t extent = -1;
@@ -33,16 +34,32 @@ struct Matrix {
 
 // Names: activation_name(). Parameters a, b, c: math/activations.h.
 enum class Activation : int {
-  kIdentity, kRelu, kLeakyRelu, kElu, kHardtanh, kSigmoid, kTanh, kGelu, kGeluTanh, kSilu,
-  kSoftplus, kMish, kHardswish, kHardsigmoid, kLogsigmoid, kSigmoidY, kTanhY, kEluY, kCount
+  kIdentity,
+  kRelu,
+  kLeakyRelu,
+  kElu,
+  kHardtanh,
+  kSigmoid,
+  kTanh,
+  kGelu,
+  kGeluTanh,
+  kSilu,
+  kSoftplus,
+  kMish,
+  kHardswish,
+  kHardsigmoid,
+  kLogsigmoid,
+  kSigmoidY,
+  kTanhY,
+  kCount
 };
 struct Act {
   Activation code = Activation::kIdentity;
   double a = 0, b = 0, c = 0;
 };
 
-// Dropout multipliers m in {0, 1/(1-p)}: sample s of `batch` has the Philox key seeds[s], and its elements are
-// numbered row-major from 0. Without seeds (p == 0, or None) there is no dropout.
+// Dropout multipliers m in {0, 1/(1-p)}: sample s of `batch` has the Philox key seeds[s], and its
+// elements are numbered row-major from 0. Without seeds (p == 0, or None) there is no dropout.
 struct Mask {
   double p = 0;
   const std::int64_t* seeds = nullptr;
@@ -110,6 +127,11 @@ struct Kernels {
   void (*linear_act_dropout)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
                              const Matrix& z, const Act&, const Mask&, const Exec&);
   void (*column_sum)(const Matrix& x, const Buffer& y, const Exec&);
+
+  // The machine's limits, that a bench compares with: flop/s of multiply-adds in registers, and
+  // bytes/s, read and written, of a copy of `bytes` bytes with plain or with non-temporal stores.
+  double (*fma_peak)(Dtype, const Exec&);
+  double (*copy_bandwidth)(std::int64_t bytes, bool non_temporal, const Exec&);
 };
 
 }  // namespace jops

@@ -1,6 +1,7 @@
-// Compares every kernel family with naive loops in double, for all dtypes, with one thread and with several:
-// the check that runs where Python does not (ctest, sanitizers, an emulated machine).
-// Usage: self_check [name]: exits with 77 (skipped) if this machine does not run the instruction set of that name.
+// Compares every kernel family with naive loops in double, for all dtypes, with one thread and with
+// several: the check that runs where Python does not (ctest, sanitizers, an emulated machine).
+// Usage: self_check [name]: exits with 77 (skipped) if this machine does not run the instruction
+// set of that name.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -29,10 +30,14 @@ std::mt19937_64 generator(7);
 
 double epsilon(Dtype d) {
   switch (d) {
-    case Dtype::kFloat64: return 0x1p-52;
-    case Dtype::kFloat32: return 0x1p-23;
-    case Dtype::kFloat16: return 0x1p-10;
-    case Dtype::kBfloat16: return 0x1p-7;
+    case Dtype::kFloat64:
+      return 0x1p-52;
+    case Dtype::kFloat32:
+      return 0x1p-23;
+    case Dtype::kFloat16:
+      return 0x1p-10;
+    case Dtype::kBfloat16:
+      return 0x1p-7;
   }
   return 0;
 }
@@ -75,9 +80,14 @@ struct Tensor {
     double v = 0;
     std::uint16_t h = 0;
     switch (dtype) {
-      case Dtype::kFloat64: std::memcpy(&v, &bytes[8 * i], 8); return v;
-      case Dtype::kFloat32: std::memcpy(&f, &bytes[4 * i], 4); return f;
-      default: std::memcpy(&h, &bytes[2 * i], 2);
+      case Dtype::kFloat64:
+        std::memcpy(&v, &bytes[8 * i], 8);
+        return v;
+      case Dtype::kFloat32:
+        std::memcpy(&f, &bytes[4 * i], 4);
+        return f;
+      default:
+        std::memcpy(&h, &bytes[2 * i], 2);
     }
     return dtype == Dtype::kFloat16 ? decode(h, 10, 15) : decode(h, 7, 127);
   }
@@ -85,9 +95,14 @@ struct Tensor {
     const float f = static_cast<float>(v);
     const std::uint16_t h = dtype == Dtype::kFloat16 ? encode(v, 10, 15) : encode(v, 7, 127);
     switch (dtype) {
-      case Dtype::kFloat64: std::memcpy(&bytes[8 * i], &v, 8); break;
-      case Dtype::kFloat32: std::memcpy(&bytes[4 * i], &f, 4); break;
-      default: std::memcpy(&bytes[2 * i], &h, 2);
+      case Dtype::kFloat64:
+        std::memcpy(&bytes[8 * i], &v, 8);
+        break;
+      case Dtype::kFloat32:
+        std::memcpy(&bytes[4 * i], &f, 4);
+        break;
+      default:
+        std::memcpy(&bytes[2 * i], &h, 2);
     }
   }
   Doubles values() const {
@@ -124,23 +139,36 @@ double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::
 // Values of the activations, straight from their definitions.
 double value(const Act& act, double x) {
   switch (act.code) {
-    case Activation::kRelu: return std::max(x, 0.0);
-    case Activation::kLeakyRelu: return x > 0 ? x : act.a * x;
-    case Activation::kElu: return x > 0 ? act.b * x : act.b * act.a * std::expm1(act.c * x);
-    case Activation::kHardtanh: return std::min(std::max(x, act.a), act.b);
-    case Activation::kSigmoid: return sigmoid(x);
-    case Activation::kTanh: return std::tanh(x);
-    case Activation::kGelu: return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
+    case Activation::kRelu:
+      return std::max(x, 0.0);
+    case Activation::kLeakyRelu:
+      return x > 0 ? x : act.a * x;
+    case Activation::kElu:
+      return x > 0 ? act.b * x : act.b * act.a * std::expm1(act.c * x);
+    case Activation::kHardtanh:
+      return std::min(std::max(x, act.a), act.b);
+    case Activation::kSigmoid:
+      return sigmoid(x);
+    case Activation::kTanh:
+      return std::tanh(x);
+    case Activation::kGelu:
+      return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
     case Activation::kGeluTanh:
-      return 0.5 * x *
-             (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
-    case Activation::kSilu: return x * sigmoid(x);
-    case Activation::kSoftplus: return act.a * x > act.b ? x : softplus(act.a * x) / act.a;
-    case Activation::kMish: return x * std::tanh(softplus(x));
-    case Activation::kHardswish: return x * std::min(std::max(x + 3, 0.0), 6.0) / 6;
-    case Activation::kHardsigmoid: return std::min(std::max(x + 3, 0.0), 6.0) / 6;
-    case Activation::kLogsigmoid: return -softplus(-x);
-    default: return x;
+      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+    case Activation::kSilu:
+      return x * sigmoid(x);
+    case Activation::kSoftplus:
+      return act.a * x > act.b ? x : softplus(act.a * x) / act.a;
+    case Activation::kMish:
+      return x * std::tanh(softplus(x));
+    case Activation::kHardswish:
+      return x * std::min(std::max(x + 3, 0.0), 6.0) / 6;
+    case Activation::kHardsigmoid:
+      return std::min(std::max(x + 3, 0.0), 6.0) / 6;
+    case Activation::kLogsigmoid:
+      return -softplus(-x);
+    default:
+      return x;
   }
 }
 
@@ -165,8 +193,10 @@ void check_activations(const jops::Kernels& k, const Exec& exec) {
       Tensor in(Dtype::kFloat64, 1), one(Dtype::kFloat64, 1), out(Dtype::kFloat64, 1);
       in.set(0, x);
       one.set(0, 1);
-      if (order == 0) k.activation(act, in, out, {}, exec);
-      else k.activation_vjp(act, order, in, one, out, {}, exec);
+      if (order == 0)
+        k.activation(act, in, out, {}, exec);
+      else
+        k.activation_vjp(act, order, in, one, out, {}, exec);
       return out.get(0);
     };
     double worst = 0;
@@ -219,10 +249,9 @@ std::uint32_t philox_word(std::uint64_t index, std::uint64_t key) {
   std::uint32_t k[2] = {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)};
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t p = std::uint64_t{0xD2511F53} * c[0], q = std::uint64_t{0xCD9E8D57} * c[2];
-    const std::uint32_t next[4] = {static_cast<std::uint32_t>(q >> 32) ^ c[1] ^ k[0],
-                                   static_cast<std::uint32_t>(q),
-                                   static_cast<std::uint32_t>(p >> 32) ^ c[3] ^ k[1],
-                                   static_cast<std::uint32_t>(p)};
+    const std::uint32_t next[4] = {
+        static_cast<std::uint32_t>(q >> 32) ^ c[1] ^ k[0], static_cast<std::uint32_t>(q),
+        static_cast<std::uint32_t>(p >> 32) ^ c[3] ^ k[1], static_cast<std::uint32_t>(p)};
     std::memcpy(c, next, sizeof(c));
     k[0] += 0x9E3779B9;
     k[1] += 0xBB67AE85;
@@ -269,7 +298,8 @@ void check_dropout(const jops::Kernels& k, const Exec& exec) {
   }
 }
 
-// Calls f(base) with the first index of each row of (outer, n, inner); its elements are `inner` apart.
+// Calls f(base) with the first index of each row of (outer, n, inner); its elements are `inner`
+// apart.
 template <class F>
 void each_row(const Rows& r, const F& f) {
   for (std::int64_t o = 0; o < r.outer; ++o) {
@@ -400,8 +430,9 @@ void check_softmax(const jops::Kernels& k, const Exec& exec) {
 
 Matrix matrix(Tensor& t, std::int64_t batch, std::int64_t rows, std::int64_t cols,
               bool transposed = false) {
-  return {t.bytes.data(), t.size, t.dtype, batch, rows, cols, rows * cols,
-          transposed ? 1 : cols, transposed ? rows : 1};
+  return {
+      t.bytes.data(),       t.size, t.dtype, batch, rows, cols, rows * cols, transposed ? 1 : cols,
+      transposed ? rows : 1};
 }
 
 void check_linear(const jops::Kernels& k, const Exec& exec) {

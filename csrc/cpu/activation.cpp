@@ -136,7 +136,6 @@ Result with_activation(Activation code, const Callback& f) {
     case Activation::kLogsigmoid: return f(Logsigmoid());
     case Activation::kSigmoidY: return f(SigmoidY());
     case Activation::kTanhY: return f(TanhY());
-    case Activation::kEluY: return f(EluY());
     case Activation::kIdentity:
     case Activation::kCount: break;
   }

@@ -1,9 +1,11 @@
 // What the CPU families share. Every csrc/cpu/*.cpp is compiled once per instruction set, inside
 //   namespace jops::JOPS_ISA { ... }
-// (JOPS_ISA is a macro set by the build), with its kernels in an anonymous namespace and one visible function
+// (JOPS_ISA is a macro set by the build), with its kernels in an anonymous namespace and one
+// visible function
 //   void register_<family>(Kernels& table)
-// that puts them into the table. Arguments arrive checked (csrc/checked.cpp), so kernels check nothing.
-// Avoid std:: templates that may not be inlined here: their weak symbols would be merged across instruction sets.
+// that puts them into the table. Arguments arrive checked (csrc/checked.cpp), so kernels check
+// nothing. Avoid std:: templates that may not be inlined here: their weak symbols would be merged
+// across instruction sets.
 #pragma once
 
 #include "../core.h"
@@ -15,8 +17,10 @@ void register_activation(Kernels& table);
 void register_dropout(Kernels& table);
 void register_softmax(Kernels& table);
 void register_linear(Kernels& table);
+void register_probe(Kernels& table);
 
-// Block primitives work on a few KiB that stay in L1: compute type A (float or double), unit stride.
+// Block primitives work on a few KiB that stay in L1: compute type A (float or double), unit
+// stride.
 constexpr int kBlock = 1024;  // elements of a staging block: 4 or 8 KiB
 
 // y[i] = f(x[i]), i < n; x == y is allowed. Get the pointer once, outside the loops.
@@ -34,20 +38,23 @@ void dropout_block(const Mask& mask, std::int64_t sample, std::int64_t first, A*
 template <class A>
 void dropout_range(const Mask& mask, std::int64_t size, std::int64_t first, A* m, std::int64_t n);
 
-// Conversion between storage (element index `first` of `data`) and a block; one rounding at the store.
+// Conversion between storage (element index `first` of `data`) and a block; one rounding at the
+// store.
 template <class A>
 void load_block(Dtype dtype, const void* data, std::int64_t first, A* block, std::int64_t n);
 template <class A>
 void store_block(Dtype dtype, void* data, std::int64_t first, const A* block, std::int64_t n);
 
-// Outputs of at least this many bytes are written past the caches, which they would sweep for nothing.
+// Outputs of at least this many bytes are written past the caches, which they would sweep for
+// nothing.
 inline bool should_stream(std::int64_t bytes) { return bytes >= stream_threshold(); }
 // Copies from a block in L1 to memory with non-temporal stores.
 void stream_copy(void* to, const void* from, std::int64_t bytes);
 
-// Threads. parallel(tasks, threads, body) runs body(task) for 0 <= task < tasks on at most `threads` threads,
-// contiguous ranges of tasks each; serially when threads == 1, for one task, or inside another parallel region.
-// The tasks must not depend on `threads` (same bits for every thread count), and body must not throw.
+// Threads. parallel(tasks, threads, body) runs body(task) for 0 <= task < tasks on at most
+// `threads` threads, contiguous ranges of tasks each; serially when threads == 1, for one task, or
+// inside another parallel region. The tasks must not depend on `threads` (same bits for every
+// thread count), and body must not throw.
 template <class Body>
 inline void parallel(std::int64_t tasks, int threads, const Body& body);
 
@@ -55,10 +62,14 @@ inline void parallel(std::int64_t tasks, int threads, const Body& body);
 template <class F>
 JOPS_HD void with_storage(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::kFloat32: return f(float());
-    case Dtype::kFloat64: return f(double());
-    case Dtype::kBfloat16: return f(Bf16());
-    case Dtype::kFloat16: return f(F16());
+    case Dtype::kFloat32:
+      return f(float());
+    case Dtype::kFloat64:
+      return f(double());
+    case Dtype::kBfloat16:
+      return f(Bf16());
+    case Dtype::kFloat16:
+      return f(F16());
   }
 }
 

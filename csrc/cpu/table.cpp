@@ -8,6 +8,7 @@ Kernels table() {
   register_dropout(kernels);
   register_softmax(kernels);
   register_linear(kernels);
+  register_probe(kernels);
   return kernels;
 }
 

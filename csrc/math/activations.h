@@ -1,9 +1,9 @@
-// The activations: for each, ONE function giving the jet (f, f', f'', f''') at x, generic over float,
-// double and their vectors. The orders share the exponential; the compiler removes those that a kernel
-// does not use.
+// The activations: for each, ONE function giving the jet (f, f', f'', f''') at x, generic over
+// float, double and their vectors. The orders share the exponential; the compiler removes those
+// that a kernel does not use.
 //
-// Values at kinks, infinities and NaN are torch's (finite limits where torch gives NaN for silu, gelu
-// and mish: hence the clamps, which keep 0 * infinity away).
+// Values at kinks, infinities and NaN are torch's (finite limits where torch gives NaN for silu,
+// gelu and mish: hence the clamps, which keep 0 * infinity away).
 #pragma once
 
 #include "functions.h"
@@ -122,8 +122,7 @@ struct Silu {  // x sigmoid(x)
     const A s1 = l.s * l.c;
     const A s2 = s1 * (l.c - l.s);
     const A s3 = s1 * (A(1) - A(6) * s1);
-    return {max(A(-1000), x) * l.s, fma(z, s1, l.s), fma(z, s2, A(2) * s1),
-            fma(z, s3, A(3) * s2)};
+    return {max(A(-1000), x) * l.s, fma(z, s1, l.s), fma(z, s2, A(2) * s1), fma(z, s3, A(3) * s2)};
   }
 };
 
@@ -202,13 +201,6 @@ struct TanhY {
   template <class A>
   static JOPS_HD Jet<A> jet(A y, const Params<A>&) {
     return {y, fma(-y, y, A(1)), A(-2) * y, A(-2)};
-  }
-};
-
-struct EluY {  // parameters as Elu's
-  template <class A>
-  static JOPS_HD Jet<A> jet(A y, const Params<A>& p) {
-    return {y, select(y <= A(0), p.c * (y + p.a * p.b), p.b), select(y < A(0), p.c, A(0)), A(0)};
   }
 };
 

@@ -1,6 +1,6 @@
-// Words that every formula header uses. All of csrc/math is compiled once per instruction set, so it
-// lives in the namespace jops::<isa>: without it the linker would merge inline functions that were
-// compiled for different machines, and the baseline might run AVX-512 code.
+// Words that every formula header uses. All of csrc/math is compiled once per instruction set, so
+// it lives in the namespace jops::<isa>: without it the linker would merge inline functions that
+// were compiled for different machines, and the baseline might run AVX-512 code.
 #pragma once
 
 #include <cmath>

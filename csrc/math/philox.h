@@ -1,5 +1,6 @@
-// Philox4x32-10 (Salmon et al., SC 2011): a counter-based generator. Generic over the word W: an unsigned
-// 64-bit scalar, or a vector of them; a word's value is in the low 32 bits, the upper ones hold anything.
+// Philox4x32-10 (Salmon et al., SC 2011): a counter-based generator. Generic over the word W: an
+// unsigned 64-bit scalar, or a vector of them; a word's value is in the low 32 bits, the upper ones
+// hold anything.
 #pragma once
 
 #include "common.h"

@@ -1,9 +1,10 @@
 // The vector type: Vec<float> and Vec<double>, as wide as the instruction set's registers, over
-// GCC/Clang vector extensions. Intrinsics appear only where the extensions cannot say what is meant.
+// GCC/Clang vector extensions. Intrinsics appear only where the extensions cannot say what is
+// meant.
 //
-// Storage types are float, double, Bf16 and F16; load() and store() convert (16-bit types to and from
-// Vec<float>, rounding to nearest even, NaN kept). Compiled with -ffp-contract=off, so that an element's
-// bits do not depend on its place in an array: a fused multiply-add is written fma().
+// Storage types are float, double, Bf16 and F16; load() and store() convert (16-bit types to and
+// from Vec<float>, rounding to nearest even, NaN kept). Compiled with -ffp-contract=off, so that an
+// element's bits do not depend on its place in an array: a fused multiply-add is written fma().
 #pragma once
 
 #include "common.h"
@@ -182,8 +183,10 @@ JOPS_HD Vec<T> log(Vec<T> a) {
 template <class T>
 JOPS_HD Vec<T> round_even(Vec<T> a) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT);
-  if constexpr (std::is_same_v<T, double>) return _mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT);
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT);
+  if constexpr (std::is_same_v<T, double>)
+    return _mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT);
 #else
   const Vec<T> magic(T(1.5) / std::numeric_limits<T>::epsilon());
   return (a + magic) - magic;
@@ -195,11 +198,13 @@ template <class T>
 JOPS_HD Vec<T> exp2i(Vec<T> n) {
   constexpr int kMantissa = std::numeric_limits<T>::digits - 1;
   // n + (1.5 * 2^mantissa + bias) has n + bias in its low bits; the shift drops the rest.
-  constexpr T kMagic = T(1.5) / std::numeric_limits<T>::epsilon() + (std::numeric_limits<T>::max_exponent - 1);
+  constexpr T kMagic =
+      T(1.5) / std::numeric_limits<T>::epsilon() + (std::numeric_limits<T>::max_exponent - 1);
   return from_bits<T>(bits(n + Vec<T>(kMagic)) << kMantissa);
 }
 
-// a * 2^n for an integral n, |n| at most twice the exponent range: overflow and gradual underflow are right.
+// a * 2^n for an integral n, |n| at most twice the exponent range: overflow and gradual underflow
+// are right.
 template <class T>
 JOPS_HD Vec<T> scale2(Vec<T> a, Vec<T> n) {
 #if defined(__AVX512F__)
@@ -240,7 +245,8 @@ JOPS_HD U64 multiply_low32(U64 a, std::uint32_t b) {
   return reinterpret_cast<U64>(
       _mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(factor)));
 #elif defined(__aarch64__)
-  return reinterpret_cast<U64>(vmull_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)), vdup_n_u32(b)));
+  return reinterpret_cast<U64>(
+      vmull_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)), vdup_n_u32(b)));
 #else
   return (a & 0xffffffffu) * factor;
 #endif
@@ -338,7 +344,8 @@ JOPS_HD V32 from_f16(U16 h) {
   const U32 u = __builtin_convertvector(h, U32);
   const U32 magnitude = u & 0x7fffu;
   typedef std::int32_t I32 __attribute__((vector_size(kVectorBytes)));
-  const V32 tiny = V32(__builtin_convertvector(reinterpret_cast<I32>(magnitude), V32::Native)) * V32(0x1p-24f);
+  const V32 tiny =
+      V32(__builtin_convertvector(reinterpret_cast<I32>(magnitude), V32::Native)) * V32(0x1p-24f);
   const U32 normal = (magnitude << 13) + (112u << 23);
   const U32 special = normal + (112u << 23);
   U32 r = magnitude >= 0x7c00u ? special : normal;
@@ -371,13 +378,17 @@ JOPS_HD Vec<Compute<T>> load(const T* p) {
     std::memcpy(&h, p, sizeof(h));
     if constexpr (std::is_same_v<T, Bf16>) return detail::from_bf16(h);
 #if defined(__AVX512F__)
-    else return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
+    else
+      return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
 #elif defined(__F16C__)
-    else return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h));
+    else
+      return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h));
 #elif defined(__aarch64__)
-    else return vcvt_f32_f16(reinterpret_cast<float16x4_t>(h));
+    else
+      return vcvt_f32_f16(reinterpret_cast<float16x4_t>(h));
 #else
-    else return detail::from_f16(h);
+    else
+      return detail::from_f16(h);
 #endif
   }
 }
@@ -390,19 +401,25 @@ JOPS_HD void store(T* p, Vec<Compute<T>> a) {
     detail::U16 h;
     if constexpr (std::is_same_v<T, Bf16>) h = detail::to_bf16(a);
 #if defined(__AVX512F__)
-    else h = reinterpret_cast<detail::U16>(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    else
+      h = reinterpret_cast<detail::U16>(
+          _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
-    else h = reinterpret_cast<detail::U16>(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+    else
+      h = reinterpret_cast<detail::U16>(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__aarch64__)
-    else h = reinterpret_cast<detail::U16>(vcvt_f16_f32(a.v));
+    else
+      h = reinterpret_cast<detail::U16>(vcvt_f16_f32(a.v));
 #else
-    else h = detail::to_f16(a);
+    else
+      h = detail::to_f16(a);
 #endif
     std::memcpy(p, &h, sizeof(h));
   }
 }
 
-// The first n lanes, 0 <= n < kLanes; the others are `fill`. For tails: without masks it goes through a buffer.
+// The first n lanes, 0 <= n < kLanes; the others are `fill`. For tails: without masks it goes
+// through a buffer.
 template <class T>
 JOPS_HD Vec<Compute<T>> load_n(const T* p, int n, Compute<T> fill = 0) {
   using A = Compute<T>;

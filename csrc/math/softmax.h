@@ -1,9 +1,11 @@
 // Softmax and log_softmax of rows: the formulas, as sums over a row followed by a map over it.
 //
-// Each struct says what a product needs: kIn inputs and kOut outputs; whether in[0] are logits, so that a maximum
-// comes first, or the saved output; the sums (`add` one element, `finish` them once a row); and the outputs
-// (`emit`). Everywhere d is log-like: scale * x - max of a logit, y itself for a saved log_softmax; e = e^d; m is the
-// dropout multiplier (1 without). Generic over scalars and vectors. scale: softmax(scale * x), -1 is softmin.
+// Each struct says what a product needs: kIn inputs and kOut outputs; whether in[0] are logits, so
+// that a maximum comes first, or the saved output; the sums (`add` one element, `finish` them once
+// a row); and the outputs
+// (`emit`). Everywhere d is log-like: scale * x - max of a logit, y itself for a saved log_softmax;
+// e = e^d; m is the dropout multiplier (1 without). Generic over scalars and vectors. scale:
+// softmax(scale * x), -1 is softmin.
 #pragma once
 
 #include "functions.h"
@@ -99,7 +101,8 @@ struct SoftmaxVjpVjpRow : FromOutput {
   }
 };
 
-// y, gy[, ty][, tgy] -> gx as the VJP, tgx = scale (y (tgy - b) + ty (gy - <y, gy>)), b = <y, tgy> + <ty, gy>
+// y, gy[, ty][, tgy] -> gx as the VJP, tgx = scale (y (tgy - b) + ty (gy - <y, gy>)), b = <y, tgy>
+// + <ty, gy>
 template <bool kTy, bool kTgy>
 struct SoftmaxVjpJvpRow : FromOutput {
   static constexpr int kIn = 2 + kTy + kTgy, kOut = 2, kSums = 2;

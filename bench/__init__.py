@@ -1,0 +1,1 @@
+"""Measure jacobian_ops against native autograd: ``python -m bench --help``."""

@@ -1,0 +1,322 @@
+"""What is measured: an op, its shapes, and what it must at least read, write and compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import jacobian_ops.functional as J
+from jacobian_ops import kernels
+
+P = 0.1  # dropout probability
+SEED = 1
+# Tensors that a pointwise op must read and write; hvp is jvp(grad): x, gy, tx in, gx, tgx out.
+POINTWISE_TRAFFIC = {"forward": 2, "vjp": 3, "forward+vjp": 5, "jvp": 4, "hvp": 5}
+# Products of a linear map; hvp: gx and gw, and the tangent of each.
+PRODUCTS = {"forward": 1, "vjp": 2, "forward+vjp": 3, "jvp": 3, "hvp": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    ``functions`` holds the op as each provider writes it, and ``dropouts`` the dropout whose mask
+    that function draws, where it draws one.  ``prepared`` holds, for a mode, each provider's way to
+    write into memory that the caller gives: it takes inputs and cotangent and returns what to call.
+    """
+
+    op: str
+    label: str
+    shapes: tuple[tuple[int, ...], ...]
+    functions: dict[str, Callable]
+    traffic: dict[str, float]  # elements read and written
+    flops: dict[str, float] = field(default_factory=dict)
+    random: bool = False
+    prepared: dict[str, dict[str, Callable]] = field(default_factory=dict)
+    quick: bool = False
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        if len(self.shapes) > 1 and self.op.startswith("linear"):
+            return (*self.shapes[0][:-1], self.shapes[1][0])
+        return self.shapes[0]
+
+
+DROPOUTS = {"jacobian_ops": J.dropout, "eager": F.dropout}
+
+
+def _label(*sizes: int) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _pointwise_traffic(shape) -> dict[str, float]:
+    n = math.prod(shape)
+    return {mode: n * count for mode, count in POINTWISE_TRAFFIC.items()}
+
+
+def _into(run: Callable) -> Callable:
+    """A prepared call that writes a result like the first input."""
+
+    def prepare(inputs, gy):
+        out = torch.empty_like(inputs[0])
+        return lambda: run(inputs[0], gy, out)
+
+    return prepare
+
+
+# Native ops that write into given memory, with the arguments after x or (gy, x).
+_ATEN = {
+    "relu": (lambda x, out: torch.ops.aten.relu.out(x, out=out), None),
+    "sigmoid": (lambda x, out: torch.ops.aten.sigmoid.out(x, out=out), None),
+    "tanh": (lambda x, out: torch.ops.aten.tanh.out(x, out=out), None),
+    "gelu": (
+        lambda x, out: torch.ops.aten.gelu.out(x, out=out),
+        lambda x, gy, out: torch.ops.aten.gelu_backward.grad_input(gy, x, grad_input=out),
+    ),
+    "silu": (
+        lambda x, out: torch.ops.aten.silu.out(x, out=out),
+        lambda x, gy, out: torch.ops.aten.silu_backward.grad_input(gy, x, grad_input=out),
+    ),
+    "mish": (lambda x, out: torch.ops.aten.mish.out(x, out=out), None),
+    "softplus": (
+        lambda x, out: torch.ops.aten.softplus.out(x, out=out),
+        lambda x, gy, out: torch.ops.aten.softplus_backward.grad_input(
+            gy, x, 1, 20, grad_input=out
+        ),
+    ),
+}
+
+
+def _activation(name: str, shape, quick: bool = False) -> Case:
+    ours, native = getattr(J, name), getattr(F, name, None) or getattr(torch, name)
+    prepared = {}
+    forward, vjp = _ATEN.get(name, (None, None))
+    if forward:
+        prepared["forward"] = {
+            "jacobian_ops": _into(lambda x, gy, out: kernels.activation(x, name, out=out)),
+            "eager": _into(lambda x, gy, out: forward(x, out)),
+        }
+    if vjp:
+        prepared["vjp"] = {
+            "jacobian_ops": _into(lambda x, gy, out: kernels.activation_vjp(x, gy, name, out=out)),
+            "eager": _into(vjp),
+        }
+    return Case(
+        name,
+        _label(*shape),
+        (shape,),
+        {"jacobian_ops": lambda x: ours(x), "eager": lambda x: native(x)},
+        _pointwise_traffic(shape),
+        prepared=prepared,
+        quick=quick,
+    )
+
+
+def _softmax(name: str, shape, dim: int = -1, quick: bool = False) -> Case:
+    ours, native = getattr(J, name), getattr(F, name)
+    prepared = {}
+    if name != "softmin":
+        kernel, kernel_vjp = getattr(kernels, name), getattr(kernels, f"{name}_vjp")
+        aten = getattr(torch.ops.aten, f"_{name}")
+        aten_vjp = getattr(torch.ops.aten, f"_{name}_backward_data")
+
+        def prepare_vjp(run):
+            def prepare(inputs, gy):
+                y, out = native(inputs[0], dim), torch.empty_like(gy)
+                return lambda: run(y, gy, out)
+
+            return prepare
+
+        # One of the two calls the argument that takes the result grad_input, the other out.
+        result = next(
+            a.name
+            for a in aten_vjp.out._schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write
+        )
+        prepared = {
+            "forward": {
+                "jacobian_ops": _into(lambda x, gy, out: kernel(x, dim, out=out)),
+                "eager": _into(lambda x, gy, out: aten.out(x, dim, False, out=out)),
+            },
+            "vjp": {
+                "jacobian_ops": prepare_vjp(lambda y, gy, out: kernel_vjp(y, gy, dim, out=out)),
+                "eager": prepare_vjp(
+                    lambda y, gy, out: aten_vjp.out(gy, y, dim, y.dtype, **{result: out})
+                ),
+            },
+        }
+    return Case(
+        name,
+        _label(*shape) + ("" if dim == -1 else f" dim {dim}"),
+        (shape,),
+        {"jacobian_ops": lambda x: ours(x, dim), "eager": lambda x: native(x, dim)},
+        _pointwise_traffic(shape),
+        prepared=prepared,
+        quick=quick,
+    )
+
+
+def _dropout(shape, quick: bool = False) -> Case:
+    return Case(
+        "dropout",
+        _label(*shape),
+        (shape,),
+        {"jacobian_ops": lambda x: J.dropout(x, P), "eager": lambda x: F.dropout(x, P)},
+        _pointwise_traffic(shape),
+        random=True,
+        quick=quick,
+    )
+
+
+def _dropout_add(shape) -> Case:
+    n = math.prod(shape)
+    return Case(
+        "dropout_add",
+        _label(*shape),
+        (shape, shape),
+        {
+            "jacobian_ops": lambda x, r: J.dropout_add(x, r, P),
+            "eager": lambda x, r: r + F.dropout(x, P),
+        },
+        # The cotangent of the residual is gy itself.
+        {"forward": 3 * n, "vjp": 2 * n, "forward+vjp": 5 * n, "jvp": 6 * n, "hvp": 2 * n},
+        random=True,
+    )
+
+
+def _softmax_dropout(shape) -> Case:
+    return Case(
+        "softmax_dropout",
+        _label(*shape),
+        (shape,),
+        {
+            "jacobian_ops": lambda x: J.softmax_dropout(x, -1, P),
+            "eager": lambda x: F.dropout(F.softmax(x, -1), P),
+        },
+        _pointwise_traffic(shape),
+        random=True,
+    )
+
+
+def _linear_work(m: int, k: int, n: int) -> tuple[dict[str, float], dict[str, float]]:
+    x, w, y = m * k, n * k, m * n
+    traffic = {
+        "forward": x + w + y,
+        "vjp": 2 * x + 2 * w + y,
+        "forward+vjp": 3 * x + 3 * w + 2 * y,
+        "jvp": 2 * (x + w + y),
+        "hvp": 4 * x + 4 * w + y,
+    }
+    return traffic, {mode: 2.0 * m * k * n * count for mode, count in PRODUCTS.items()}
+
+
+def _linear(m: int, k: int, n: int, quick: bool = False) -> Case:
+    traffic, flops = _linear_work(m, k, n)
+
+    def prepare(run):
+        def into(inputs, gy):
+            out = torch.empty_like(gy)
+            return lambda: run(*inputs, out)
+
+        return into
+
+    return Case(
+        "linear",
+        f"{m}x{k} -> {n}",
+        ((m, k), (n, k), (n,)),
+        {"jacobian_ops": J.linear, "eager": F.linear},
+        traffic,
+        flops,
+        prepared={
+            "forward": {
+                "jacobian_ops": prepare(lambda x, w, b, out: kernels.linear(x, w, b, out=out)),
+                "eager": prepare(lambda x, w, b, out: torch.addmm(b, x, w.T, out=out)),
+            }
+        },
+        quick=quick,
+    )
+
+
+def _linear_act_dropout(name: str, m: int, k: int, n: int, p: float, quick: bool = False) -> Case:
+    native = getattr(F, name)
+    traffic, flops = _linear_work(m, k, n)
+
+    def eager(x, w, b):
+        y = native(F.linear(x, w, b))
+        return F.dropout(y, p) if p else y
+
+    return Case(
+        "linear_act_dropout",
+        f"{m}x{k} -> {n}, {name}, p={p:g}",
+        ((m, k), (n, k), (n,)),
+        {
+            "jacobian_ops": lambda x, w, b: J.linear_act_dropout(x, w, b, name, p),
+            "eager": eager,
+        },
+        traffic,
+        flops,
+        random=p > 0,
+        quick=quick,
+    )
+
+
+LARGE, SMALL = (4096, 1024), (64, 512)
+ACTIVATIONS = (
+    *("relu", "leaky_relu", "elu", "selu", "celu", "relu6", "hardtanh", "sigmoid", "tanh", "gelu"),
+    *("silu", "softplus", "mish", "hardswish", "hardsigmoid", "logsigmoid"),
+)
+
+CASES = (
+    _linear(2048, 1024, 4096),
+    _linear(4096, 256, 1024),
+    _linear(16384, 64, 256),
+    _linear(64, 4096, 4096),
+    _linear(256, 256, 256, quick=True),
+    *(_activation(name, LARGE) for name in ACTIVATIONS),
+    _activation("relu", SMALL, quick=True),
+    _activation("gelu", SMALL, quick=True),
+    _softmax("softmax", (8192, 1024)),
+    _softmax("softmax", (512, 32768)),
+    _softmax("softmax", (64, 1024, 64), dim=1),
+    _softmax("softmax", (64, 1024), quick=True),
+    _softmax("log_softmax", (8192, 1024)),
+    _softmax("log_softmax", (512, 32768)),
+    _softmax("softmin", (8192, 1024)),
+    _dropout((4096, 4096)),
+    _dropout((256, 1024), quick=True),
+    _dropout_add((4096, 1024)),
+    _softmax_dropout((8192, 1024)),
+    _linear_act_dropout("gelu", 2048, 1024, 4096, 0.0),
+    _linear_act_dropout("gelu", 2048, 1024, 4096, P),
+    _linear_act_dropout("gelu", 4096, 256, 1024, 0.0),
+    _linear_act_dropout("gelu", 4096, 256, 1024, P),
+    _linear_act_dropout("gelu", 16384, 64, 256, P),
+    _linear_act_dropout("gelu", 256, 256, 256, P, quick=True),
+)
+
+
+def mask(case: Case, provider: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The float64 multipliers that the provider draws after ``torch.manual_seed(SEED)``."""
+    torch.manual_seed(SEED)
+    kept = DROPOUTS[provider](torch.ones(case.output_shape, dtype=dtype, device=device), P) != 0
+    return kept.double() / (1 - P)
+
+
+def reference(case: Case, multipliers: Tensor | None) -> Callable:
+    """The op of float64 tensors, with a given mask."""
+    if multipliers is None:
+        return case.functions["eager"]
+    m, name = multipliers, case.op
+    if name == "dropout":
+        return lambda x: x * m
+    if name == "dropout_add":
+        return lambda x, r: r + x * m
+    if name == "softmax_dropout":
+        return lambda x: F.softmax(x, -1) * m
+    return lambda x, w, b: F.gelu(F.linear(x, w, b)) * m
