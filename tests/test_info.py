@@ -1,6 +1,7 @@
 """build_info, the choice of instruction set, and the OpenMP runtime that torch shares with us."""
 
 import os
+import re
 import subprocess
 import sys
 
