@@ -11,6 +11,7 @@ import contextlib
 import torch
 from torch import Tensor
 from torch.nn.modules import module as _torch_module
+from torch.nn.utils import parametrize
 
 from . import _backend, nn
 from . import functional as F
@@ -65,6 +66,13 @@ class FusedSequential(torch.nn.Sequential):
     children stay what and where they are.  What to fuse is found at each call, so that a child
     that was exchanged or got a hook since is run as it should be.
     """
+
+    def __getitem__(self, idx):
+        """A child, or a slice; restore undoes the slice as it does the whole."""
+        item = super().__getitem__(idx)
+        if isinstance(idx, slice) and _FORMER in self.__dict__:
+            item.__dict__[_FORMER] = self.__dict__[_FORMER]
+        return item
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the children in order, some of them in one."""
@@ -180,9 +188,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     with _all_or_none(modules):
         for m in modules:
             if _FORMER in m.__dict__:
-                m.__class__ = m.__dict__.pop(_FORMER)
-            elif type(m) is FusedSequential:  # a slice of a fused one
-                m.__class__ = torch.nn.Sequential
+                _revert(m)
     return model
 
 
@@ -195,6 +201,19 @@ def _become(module, cls):
     former = module.__class__
     module.__class__ = cls
     module.__dict__[_FORMER] = former
+
+
+def _revert(module):
+    former, cls = module.__dict__[_FORMER], type(module)
+    ours = _CLASSES.get(former, FusedSequential)
+    if cls is not ours:
+        if not (parametrize.is_parametrized(module) and cls.__bases__ == (ours,)):
+            return  # another class since, which is not for us to undo
+        # A parametrized module has a class of its own, derived from ours.
+        body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        former = type(cls.__name__, (former,), body)
+    module.__class__ = former
+    del module.__dict__[_FORMER]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import compare, report
@@ -25,37 +26,45 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32, help="images in a step")
     parser.add_argument("--dropout", type=float, default=0.1, help="of the second training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a small model and few steps")
+    parser.add_argument("--quick", action="store_true", help="a small model, in a few seconds")
     options = parser.parse_args(arguments)
-    size = dict(width=32, depth=1) if options.quick else dict(width=128, depth=4)
-    steps = options.steps or (60 if options.quick else 200)
-    repeats = 3 if options.quick else 15
+    if options.quick:
+        size, steps, rate, repeats = dict(width=32, depth=1), 80, 1e-2, 3
+    else:
+        size, steps, rate, repeats = dict(width=128, depth=4), 200, 1e-3, 15
+    if options.steps is not None:
+        steps = options.steps
+    if min(steps, options.batch) < 1:
+        parser.error("--steps and --batch must be at least 1")
+    if not 0 <= options.dropout <= 1:
+        parser.error("--dropout must be between 0 and 1")
     # A model that guesses is right one time in ten.
     least_accuracy = 0.3 if options.quick else 0.85
 
+    options.output.mkdir(parents=True, exist_ok=True)
     console = Console()
     start = time.perf_counter()
     digits = compare.load(options.seed)
     trainings, trained = {}, {}
     columns = (
         TextColumn("{task.description:>22}"),
-        BarColumn(),
+        BarColumn(12),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[state]}"),
     )
     with Progress(*columns, console=console) as progress:
-        for p in (0.0, options.dropout):
+        for p in dict.fromkeys((0.0, options.dropout)):
             task = progress.add_task(f"training, dropout {p:g}", total=steps, state="")
 
             def show(losses, task=task):
-                state = "loss " + ", ".join(f"{name} {x:.4f}" for name, x in losses.items())
+                state = f"loss {losses['native']:.4f}, ours {losses['jacobian_ops']:.4f}"
                 progress.update(task, advance=1, state=state)
 
             torch.manual_seed(options.seed)
             model = compare.Transformer(p=p, **size)
             trained[p], trainings[p] = compare.train(
-                model, digits, steps, options.batch, options.seed, show
+                model, digits, steps, options.batch, rate, options.seed, show
             )
         rounds = 2 * (compare.WARM_UP + repeats)
         task = progress.add_task("JVP and HVP", total=rounds, state="")
@@ -70,7 +79,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     failures = check(trainings, products, least_accuracy)
     report.print_table(console, trainings, products)
-    options.output.mkdir(parents=True, exist_ok=True)
     settings = {
         "steps": steps,
         "batch": options.batch,
@@ -82,8 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     report.write_json(options.output / "digits.json", settings, trainings, products, failures)
     report.draw(options.output / "digits.png", trainings, products)
     console.print(
-        f"{settings['seconds']:.0f} s on {torch.get_num_threads()} threads; wrote "
-        f"{options.output / 'digits.png'} and {options.output / 'digits.json'}"
+        f"{settings['seconds']:.0f} s on {torch.get_num_threads()} threads; wrote digits.json and "
+        f"digits.png into {escape(str(options.output))}",
+        soft_wrap=True,
     )
     for failure in failures:
         console.print(f"[bold red]failed:[/] {failure}")

@@ -93,7 +93,13 @@ def saved_bytes(model: Transformer, x: Tensor, y: Tensor) -> int:
 
 
 def train(
-    model: Transformer, digits: Digits, steps: int, batch: int, seed: int, report: Callable
+    model: Transformer,
+    digits: Digits,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    report: Callable,
 ) -> tuple[dict[str, Transformer], dict[str, Run]]:
     """Train the model and its copy on our ops with the same batches, step by step in turn.
 
@@ -102,6 +108,7 @@ def train(
         digits: The data.
         steps: Number of optimiser steps.
         batch: Images in a step.
+        rate: Largest learning rate.
         seed: Of the order of the batches and of dropout.
         report: Called after each step with the losses of both.
 
@@ -111,7 +118,7 @@ def train(
     models = pair(model)
     runs = {name: Run() for name in PROVIDERS}
     optimizers = {
-        name: torch.optim.AdamW(m.parameters(), lr=1e-3, weight_decay=0.01)
+        name: torch.optim.AdamW(m.parameters(), lr=rate, weight_decay=0.01)
         for name, m in models.items()
     }
     warm = max(1, steps // 10)

@@ -1,0 +1,292 @@
+"""jacobian_ops.nn beside torch.nn: arguments, state, results, gradients, errors."""
+
+import copy
+import inspect
+import pickle
+import warnings
+
+import pytest
+import torch
+
+import jacobian_ops.nn as jnn
+
+# Every drop-in class with the arguments to try it with; {} is the defaults.
+ARGUMENTS = {
+    "Linear": [
+        dict(in_features=64, out_features=5),
+        dict(in_features=64, out_features=5, bias=False),
+    ],
+    "ReLU": [{}],
+    "LeakyReLU": [{}, dict(negative_slope=0.3), dict(negative_slope=-0.3)],
+    "ELU": [{}, dict(alpha=0.5)],
+    "SELU": [{}],
+    "CELU": [{}, dict(alpha=0.5)],
+    "ReLU6": [{}],
+    "Hardtanh": [{}, dict(min_val=-0.5, max_val=2.0)],
+    "Sigmoid": [{}],
+    "Tanh": [{}],
+    "GELU": [{}, dict(approximate="tanh")],
+    "SiLU": [{}],
+    "Softplus": [{}, dict(beta=2.0, threshold=3.0)],
+    "Mish": [{}],
+    "Hardswish": [{}],
+    "Hardsigmoid": [{}],
+    "LogSigmoid": [{}],
+    "Softmax": [dict(dim=-1), dict(dim=0)],
+    "LogSoftmax": [dict(dim=-1), dict(dim=0)],
+    "Softmin": [dict(dim=-1), dict(dim=0)],
+    "Dropout": [{}, dict(p=0.0), dict(p=0.2), dict(p=1.0)],
+}
+OWN = {
+    "LinearActDropout": [
+        dict(in_features=64, out_features=5, activation="silu", p=0.25),
+        dict(in_features=64, out_features=5, bias=False),
+    ],
+    "SoftmaxDropout": [dict(dim=0, p=0.25)],
+    "DropoutAdd": [dict(p=0.25)],
+}
+
+
+ACTIVATIONS = {
+    "gelu": torch.nn.GELU(),
+    "gelu_tanh": torch.nn.GELU("tanh"),
+    "silu": torch.nn.SiLU(),
+    "relu": torch.nn.ReLU(),
+    "tanh": torch.nn.Tanh(),
+}
+
+
+def rows(table):
+    return [
+        pytest.param(name, kwargs, id=f"{name}-{'-'.join(f'{k}{v}' for k, v in kwargs.items())}")
+        for name, variants in table.items()
+        for kwargs in variants
+    ]
+
+
+drop_ins = pytest.mark.parametrize("name", ARGUMENTS)
+each = pytest.mark.parametrize("name,kwargs", rows(ARGUMENTS))
+each_but_dropout = pytest.mark.parametrize(
+    "name,kwargs", rows({k: v for k, v in ARGUMENTS.items() if k != "Dropout"})
+)
+each_and_own = pytest.mark.parametrize("name,kwargs", rows(ARGUMENTS | OWN))
+
+
+def pair(name, kwargs):
+    """The torch module, and ours with its state."""
+    native, ours = getattr(torch.nn, name)(**kwargs), getattr(jnn, name)(**kwargs)
+    ours.load_state_dict(native.state_dict())
+    return native, ours
+
+
+def call(module, *args):
+    """The result, and the gradients of inputs and parameters for a fixed cotangent."""
+    args = [a.clone().requires_grad_() for a in args]
+    y = module(*args)
+    return y, torch.autograd.grad(y, [*args, *module.parameters()], cotangent(y))
+
+
+def cotangent(y):
+    return torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype)
+
+
+def x_of(dtype=torch.float32):
+    """More elements than the threshold below which plain calls go to the native op."""
+    return (3 * torch.randn(80, 64)).to(dtype)
+
+
+def extra(name):
+    """Further arguments of forward."""
+    return (x_of(),) if name == "DropoutAdd" else ()
+
+
+def test_the_tables_have_every_module():
+    assert sorted(ARGUMENTS | OWN) == sorted(jnn.__all__)
+
+
+@drop_ins
+def test_class_and_constructor(name):
+    native, ours = getattr(torch.nn, name), getattr(jnn, name)
+    assert issubclass(ours, native) and ours is not native and ours.__name__ == name
+    assert inspect.signature(ours) == inspect.signature(native)
+
+
+@each
+def test_repr_and_state(name, kwargs):
+    native, ours = getattr(torch.nn, name)(**kwargs), getattr(jnn, name)(**kwargs)
+    assert repr(ours) == repr(native)
+    assert native.__dict__.keys() == ours.__dict__.keys()
+    for source, target in ((native, ours), (ours, native)):
+        for p in source.parameters():
+            torch.nn.init.normal_(p)
+        assert str(target.load_state_dict(source.state_dict())) == "<All keys matched successfully>"
+        torch.testing.assert_close(
+            dict(target.state_dict()), dict(source.state_dict()), rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@each_but_dropout
+def test_results_and_gradients(name, kwargs, training):
+    native, ours = (m.train(training) for m in pair(name, kwargs))
+    x = x_of()
+    torch.testing.assert_close(call(ours, x), call(native, x))
+
+
+@each_but_dropout
+def test_bfloat16(name, kwargs):
+    """Beside float64, from which the native module is often the farther one."""
+    native, ours = (m.bfloat16() for m in pair(name, kwargs))
+    x = x_of(torch.bfloat16)
+    (y, grads), (y_native, grads_native) = call(ours, x), call(native, x)
+    want, want_grads = call(native.double(), x.double())
+    for got, other, exact in zip(
+        (y, *grads), (y_native, *grads_native), (want, *want_grads), strict=True
+    ):
+        assert got.dtype == torch.bfloat16
+        rounding = 2**-9 * exact.norm()
+        assert (got.double() - exact).norm() <= (other.double() - exact).norm() + rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 1.0])
+def test_dropout(p, dtype):
+    module, x = jnn.Dropout(p), x_of(dtype)
+    y, (gx,) = call(module, x)
+    kept, gy, count = y != 0, cotangent(y), x.numel()
+    assert abs(kept.sum().item() - (1 - p) * count) <= 5 * (p * (1 - p) * count) ** 0.5
+    torch.testing.assert_close(y, torch.where(kept, x / (1 - p), 0 * x))
+    torch.testing.assert_close(gx, torch.where(kept, gy / (1 - p), 0 * gy))
+    assert module.eval()(x) is x
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear_act_dropout(activation):
+    module, x = jnn.LinearActDropout(64, 5, activation=activation, p=0.25), x_of()
+    native = torch.nn.Sequential(torch.nn.Linear(64, 5), ACTIVATIONS[activation])
+    native[0].load_state_dict(module.state_dict())
+    torch.testing.assert_close(call(module.eval(), x), call(native, x))
+    y, want = module.train()(x), native(x) / 0.75
+    kept = y != 0
+    torch.testing.assert_close(y, torch.where(kept, want, 0 * want))
+    drawn = kept[want != 0]  # elsewhere it cannot be told what was dropped
+    assert abs(drawn.float().mean().item() - 0.75) < 5 * (0.25 * 0.75 / drawn.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("dim", [-1, 0])
+def test_softmax_dropout(dim):
+    module, x = jnn.SoftmaxDropout(dim, 0.25), x_of()
+    torch.testing.assert_close(call(module.eval(), x), call(torch.nn.Softmax(dim), x))
+    y, want = module.train()(x), x.softmax(dim) / 0.75
+    kept = y != 0
+    torch.testing.assert_close(y, torch.where(kept, want, 0 * want))
+    assert abs(kept.float().mean().item() - 0.75) < 5 * (0.25 * 0.75 / x.numel()) ** 0.5
+
+
+def test_dropout_add():
+    module, x, r = jnn.DropoutAdd(0.25), x_of(), x_of()
+    assert torch.equal(module.eval()(x, r), r + x)
+    y, (gx, gr) = call(module.train(), x, r)
+    kept = y != r
+    torch.testing.assert_close(y, torch.where(kept, r + x / 0.75, r))
+    torch.testing.assert_close(gx, torch.where(kept, gr / 0.75, 0 * gr))
+    assert abs(kept.float().mean().item() - 0.75) < 5 * (0.25 * 0.75 / x.numel()) ** 0.5
+
+
+INPLACE = [n for n in ARGUMENTS if "inplace" in inspect.signature(getattr(jnn, n)).parameters]
+
+
+@pytest.mark.parametrize("name", INPLACE)
+def test_inplace(name):
+    native, ours = pair(name, dict(inplace=True))
+    results = []
+    for module in (native, ours):
+        torch.manual_seed(1)
+        x = torch.linspace(-4, 8, 80 * 64).reshape(80, 64).requires_grad_()
+        z = x * 1
+        y = module(z)
+        assert y is z and ("inplace=True" in repr(module)) == ("inplace=True" in repr(native))
+        (gx,) = torch.autograd.grad(y.sum(), x)
+        results.append((y, gx))
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+            module(x)
+    if name == "Dropout":
+        y, gx = results[1]
+        torch.testing.assert_close(y, x * gx)
+        assert set(gx.unique().tolist()) == {0.0, 2.0}
+    else:
+        torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 64), (80, 64), (2, 2, 32, 64), (5000,)], ids=str)
+@pytest.mark.parametrize("name", ["Softmax", "LogSoftmax", "Softmin"])
+def test_implicit_dim(name, shape):
+    x, seen = torch.randn(shape), []
+    for module in pair(name, {}):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y = module(x)
+        seen.append((y, [(str(w.message), w.category, w.filename, w.lineno) for w in caught]))
+    (want, wanted), (got, given) = seen
+    assert given == wanted and len(wanted) == 1
+    torch.testing.assert_close(got, want)
+
+
+@each_and_own
+def test_deepcopy_and_pickle(name, kwargs):
+    module = getattr(jnn, name)(**kwargs).eval()
+    args = x_of(), *extra(name)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(other) is type(module) and repr(other) == repr(module)
+        assert other.state_dict().keys() == module.state_dict().keys()
+        torch.testing.assert_close(other(*args), module(*args), rtol=0, atol=0)
+        assert not {p.data_ptr() for p in other.parameters()} & {
+            p.data_ptr() for p in module.parameters()
+        }
+
+
+@each_and_own
+def test_meta(name, kwargs):
+    factory = dict(device="meta") if "in_features" in kwargs else {}
+    module = getattr(jnn, name)(**kwargs, **factory)
+    assert all(p.is_meta for p in module.parameters())
+    args = [a.to("meta") for a in (x_of(), *extra(name))]
+    y = module(*args)
+    assert y.is_meta and y.shape == ((80, 5) if factory else (80, 64))
+    real = module.to_empty(device="cpu")
+    assert real(x_of(), *extra(name)).shape == y.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Linear", "LinearActDropout"])
+def test_dtype_argument(name, dtype):
+    module = getattr(jnn, name)(64, 5, dtype=dtype)
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    assert module(x_of(dtype)).dtype == dtype
+
+
+def test_own_repr_and_state():
+    made = jnn.LinearActDropout(3, 4, activation="silu", p=0.1)
+    assert repr(made) == (
+        "LinearActDropout(in_features=3, out_features=4, bias=True, activation='silu', p=0.1)"
+    )
+    assert list(made.state_dict()) == list(torch.nn.Linear(3, 4).state_dict())
+    assert list(jnn.LinearActDropout(3, 4, bias=False).state_dict()) == ["weight"]
+    assert isinstance(made, torch.nn.Linear)
+    assert repr(jnn.SoftmaxDropout(1, 0.1)) == "SoftmaxDropout(dim=1, p=0.1)"
+    assert repr(jnn.DropoutAdd(0.1)) == "DropoutAdd(p=0.1)"
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("name", OWN)
+def test_p_outside(name, p):
+    sizes = dict(in_features=3, out_features=4) if name == "LinearActDropout" else {}
+    with pytest.raises(ValueError, match=f"{name}: p, .* between 0 and 1, but got {p}"):
+        getattr(jnn, name)(**sizes, p=p)
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="LinearActDropout: .*'swish9'.*gelu"):
+        jnn.LinearActDropout(3, 4, activation="swish9")
+    with pytest.raises(ValueError, match="LinearActDropout: .*'softmax'"):
+        jnn.LinearActDropout(3, 4, activation="softmax")
