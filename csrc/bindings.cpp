@@ -132,6 +132,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   def("softmax_dropout_jvp", k.softmax_dropout_jvp);
   def("linear", k.linear);
   def("linear_act_dropout", k.linear_act_dropout);
+  def("linear_act_dropout_jvp", k.linear_act_dropout_jvp);
   def("column_sum", k.column_sum);
 
   m.def("fma_peak", [&k](int dtype, const jops::Exec& exec) {

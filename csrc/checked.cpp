@@ -384,6 +384,42 @@ void linear_act_dropout(const Matrix& x, const Matrix& w, const Buffer& bias, co
   run.linear_act_dropout(x, w, bias, y, z, act, mask, exec);
 }
 
+void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& tx,
+                            const Matrix& tw, const Buffer& tbias, const Matrix& y,
+                            const Matrix& ty, const Matrix& z, const Act& act, const Mask& mask,
+                            const Exec& exec) {
+  Check check("linear_act_dropout_jvp", exec);
+  products(check, x, w, bias, y);
+  const auto tangent = [&](const char* name, const Matrix& t, const Matrix& primal) {
+    if (!t.given()) return;
+    check.matrix(name, t);
+    check.same_dtype(name, t.dtype);
+    check.extent(name, "batch", t.batch, primal.batch);
+    check.extent(name, "rows", t.rows, primal.rows);
+    check.extent(name, "cols", t.cols, primal.cols);
+  };
+  tangent("tx", tx, x);
+  tangent("tw", tw, w);
+  if (tbias.given()) {
+    check.buffer("tbias", tbias);
+    check.same_dtype("tbias", tbias.dtype);
+    if (tbias.size != w.rows && tbias.size != y.batch * w.rows) {
+      check.fail("tbias", std::to_string(w.rows) + " elements, or as many for each of the batch",
+                 std::to_string(tbias.size));
+    }
+  }
+  check.output("ty", ty, y.batch, y.rows, y.cols);
+  if (ty.row_stride != y.row_stride) {
+    check.fail("ty", "the row stride of y", std::to_string(ty.row_stride));
+  }
+  if (z.given()) check.output("z", z, y.batch, y.rows, y.cols);
+  check.act(act);
+  if (mask.given()) check.extent("mask", "batch", mask.batch, y.batch);
+  if (Check::empty(y)) return;
+  check.mask(mask, y.batch * y.rows * y.cols);
+  run.linear_act_dropout_jvp(x, w, bias, tx, tw, tbias, y, ty, z, act, mask, exec);
+}
+
 void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
   Check check("column_sum", exec);
   check.first("x", x);
@@ -409,31 +445,19 @@ double copy_bandwidth(std::int64_t bytes, bool non_temporal, const Exec& exec) {
 
 Kernels checked(const Kernels& unchecked) {
   run = unchecked;
-  return {activation,
-          activation_vjp,
-          activation_jvp,
-          activation_vjp_vjp,
-          activation_vjp_jvp,
-          dropout,
-          dropout_add,
-          softmax,
-          softmax_vjp,
-          softmax_jvp,
-          softmax_vjp_vjp,
-          softmax_vjp_jvp,
-          log_softmax,
-          log_softmax_vjp,
-          log_softmax_tangent,
-          log_softmax_jvp,
-          log_softmax_vjp_vjp,
-          log_softmax_vjp_jvp,
-          softmax_dropout,
-          softmax_dropout_vjp,
-          softmax_dropout_jvp,
-          linear,
-          linear_act_dropout,
-          column_sum,
-          fma_peak,
+  return {activation,          activation_vjp,
+          activation_jvp,      activation_vjp_vjp,
+          activation_vjp_jvp,  dropout,
+          dropout_add,         softmax,
+          softmax_vjp,         softmax_jvp,
+          softmax_vjp_vjp,     softmax_vjp_jvp,
+          log_softmax,         log_softmax_vjp,
+          log_softmax_tangent, log_softmax_jvp,
+          log_softmax_vjp_vjp, log_softmax_vjp_jvp,
+          softmax_dropout,     softmax_dropout_vjp,
+          softmax_dropout_jvp, linear,
+          linear_act_dropout,  linear_act_dropout_jvp,
+          column_sum,          fma_peak,
           copy_bandwidth};
 }
 

@@ -5,8 +5,8 @@
 
 namespace jops {
 
-// Takes an instruction set's kernels and returns a table with the same functions behind checks. There is
-// one such table in a process.
+// Takes an instruction set's kernels and returns a table with the same functions behind checks.
+// There is one such table in a process.
 Kernels checked(const Kernels& unchecked);
 
 }  // namespace jops

@@ -1,4 +1,5 @@
-// What the core offers besides kernels: the choice of an instruction set, and facts about the build.
+// What the core offers besides kernels: the choice of an instruction set, and facts about the
+// build.
 #pragma once
 
 #include <string>
@@ -8,12 +9,14 @@
 
 namespace jops {
 
-// The kernels of the chosen instruction set behind checks: sizes, dtypes, strides and pointers. A violation
-// throws std::invalid_argument that names the op and the argument; empty tensors return at once.
+// The kernels of the chosen instruction set behind checks: sizes, dtypes, strides and pointers. A
+// violation throws std::invalid_argument that names the op and the argument; empty tensors return
+// at once.
 const Kernels& kernels();
 
-// The instruction set in use: the best one that the machine runs, or the one that the environment variable
-// JACOBIAN_OPS_ISA names. Throws std::runtime_error if that one is unknown or cannot run here.
+// The instruction set in use: the best one that the machine runs, or the one that the environment
+// variable JACOBIAN_OPS_ISA names. Throws std::runtime_error if that one is unknown or cannot run
+// here.
 const std::string& isa();
 std::vector<std::string> available_isas();
 

@@ -1,5 +1,5 @@
-// The instruction sets that this architecture is built for, worst first: CMakeLists.txt compiles csrc/cpu
-// once for each, in the namespace jops::<name>.
+// The instruction sets that this architecture is built for, worst first: CMakeLists.txt compiles
+// csrc/cpu once for each, in the namespace jops::<name>.
 #pragma once
 
 #if defined(__x86_64__)

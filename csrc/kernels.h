@@ -126,6 +126,11 @@ struct Kernels {
                  bool accumulate, const Exec&);
   void (*linear_act_dropout)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
                              const Matrix& z, const Act&, const Mask&, const Exec&);
+  // With the tangents of x, w and bias, any of which may be absent.
+  void (*linear_act_dropout_jvp)(const Matrix& x, const Matrix& w, const Buffer& bias,
+                                 const Matrix& tx, const Matrix& tw, const Buffer& tbias,
+                                 const Matrix& y, const Matrix& ty, const Matrix& z, const Act&,
+                                 const Mask&, const Exec&);
   void (*column_sum)(const Matrix& x, const Buffer& y, const Exec&);
 
   // The machine's limits, that a bench compares with: flop/s of multiply-adds in registers, and

@@ -23,7 +23,7 @@ from .autograd import activation as _activation
 from .autograd import dropout as _dropout
 from .autograd import linear as _linear
 from .autograd import softmax as _softmax
-from .autograd.rule import overwritable, plain
+from .autograd.rule import overwritable, plain, reverse_may_follow
 from .kernels import resolve
 from .kernels._arguments import ALLOWED_DTYPES, check_p, name_of, normalize_dim
 
@@ -503,7 +503,8 @@ def linear_act_dropout(
     x, bias = _fit_linear(op, input, weight, bias)
     p = p if training else 0.0
     seed = draw_seed(input, generator) if p > 0.0 else None
-    keep_z = torch.is_grad_enabled() and _activation.from_output(f.function, f.params, p) is None
+    keep_z = reverse_may_follow((x, weight, bias))
+    keep_z = keep_z and _activation.from_output(f.function, f.params, p) is None
     y, _ = _linear.linear_act_dropout(x, weight, bias, seed, f.function, f.params, p, keep_z)
     return _unflatten(y, input)
 

@@ -63,6 +63,14 @@ SAMPLES = {
     "linear_act_dropout": [
         (leaf(3, 4), leaf(5, 4), leaf(5), SEED, "gelu", [], 0.4, True),
         (leaf(3, 4), leaf(5, 4), None, None, "relu", [], 0.0, False),
+        (leaf(3, 4), leaf(5, 4), leaf(5), SEED, "gelu", [], 0.4, False),
+    ],
+    "linear_act_dropout_jvp": [
+        (
+            *(leaf(3, 4), leaf(5, 4), leaf(5), leaf(3, 4), leaf(5, 4), leaf(5)),
+            *(SEED, "gelu", [], 0.4),
+        ),
+        (leaf(3, 4), leaf(5, 4), None, None, leaf(5, 4), None, None, "tanh", [], 0.0),
     ],
 }
 # The highest derivative of the activation in the op.
@@ -70,6 +78,7 @@ ORDERS = {
     "activation": lambda args: 0,
     "activation_vjp": lambda args: args[-1],
     "activation_jvp": lambda args: 1,
+    "linear_act_dropout_jvp": lambda args: 1,
     "activation_vjp_vjp": lambda args: args[-1] + 1,
     "activation_vjp_jvp": lambda args: args[-1] + (args[2] is not None),
 }

@@ -176,3 +176,45 @@ def test_native_arguments_are_typed():
         _cpu.activation(RELU, "x", (PTR, 8, F32), None, 1)
     with pytest.raises(TypeError):
         _cpu.softmax((2, 4), (PTR, 8, F32), (PTR, 8, F32), 1)
+
+
+# Rows that are dotted or packed, depths of one or several passes, operands packed ahead in parts.
+SIZES = [
+    *((m, 37, 70) for m in (1, 3, 8, 11, 16, 17)),
+    *((m, 50, k) for m in (9, 20, 130) for k in (1, 255, 257, 1025, 2600)),
+    *((700, n, 33) for n in (1, 31, 33, 129)),
+    (1100, 1050, 2100),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, n, k", SIZES)
+def test_products_of_many_sizes(m, n, k, dtype):
+    """Primal and tangent, whichever operand is transposed, to the rounding of the dtype."""
+    eps = torch.finfo(dtype).eps
+    sums = 1e-14 if dtype is torch.float64 else 2e-6  # relative to the sum of absolute values
+    for x_T, w_T in ((False, False), (True, False), (False, True)):
+        x, tx = (torch.randn(m, k).to(dtype) for _ in range(2))
+        w, tw = (torch.randn(n, k).to(dtype) for _ in range(2))
+        b = torch.randn(n).to(dtype)
+        wide = [t.double() for t in (x, tx, w, tw, b)]
+        if x_T:
+            x, tx = x.T.contiguous().T, tx.T.contiguous().T
+        if w_T:
+            w, tw = w.T.contiguous().T, tw.T.contiguous().T
+        y, ty = kernels.linear_jvp(x, w, b, tx, tw, None)
+        x64, tx64, w64, tw64, b64 = wide
+        want = (x64 @ w64.T + b64, tx64 @ w64.T + x64 @ tw64.T)
+        size = (x64.abs() @ w64.abs().T + b64.abs(), tx64.abs() @ w64.abs().T)
+        size = (size[0], size[1] + x64.abs() @ tw64.abs().T)
+        for got, right, total in zip((y, ty), want, size, strict=True):
+            error = (got.double() - right).abs()
+            assert (error <= eps * right.abs() + sums * total).all()
+        torch.testing.assert_close(kernels.linear(x, w, b), y, rtol=0, atol=0)
+        # With an absent tangent.
+        torch.testing.assert_close(
+            kernels.linear_jvp(x, w, b, None, tw)[1].double(),
+            x64 @ tw64.T,
+            rtol=2 * eps,
+            atol=sums * total.max().item(),
+        )

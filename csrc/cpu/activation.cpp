@@ -1,10 +1,10 @@
 // Elementwise activations: value, derivatives of three orders, JVP, and what double backward needs.
 //
-// The formulas are in math/activations.h. A kernel for float and one for double run over plain arrays; 16-bit
-// types, the dropout mask and outputs that bypass the caches go through blocks in L1 around the same kernel:
-// one more instantiation for each of them would cost compile time and save nothing, as memory is the limit.
+// The formulas are in math/activations.h. A kernel for float and one for double run over plain
+// arrays; 16-bit types, the dropout mask and outputs that bypass the caches go through blocks in L1
+// around the same kernel: one more instantiation for each of them would cost compile time and save
+// nothing, as memory is the limit.
 #include "../math/activations.h"
-
 #include "blocks.h"
 
 namespace jops::JOPS_ISA {
@@ -66,7 +66,8 @@ struct VjpJvp {  // x, gy, tx[, tgy] -> gx, tgx
 template <class T>
 using Kernel = void (*)(const Act&, const T* const* in, T* const* out, std::int64_t n);
 
-// One vector at element i: its loads, the jet, its stores. The tail is the same with n < kLanes elements.
+// One vector at element i: its loads, the jet, its stores. The tail is the same with n < kLanes
+// elements.
 template <class F, class Op, class T>
 struct Element {
   using V = Vec<T>;
@@ -120,31 +121,49 @@ void run(const Act& act, const T* const* ins, T* const* outs, std::int64_t n) {
 template <class Result, class Callback>
 Result with_activation(Activation code, const Callback& f) {
   switch (code) {
-    case Activation::kRelu: return f(Relu());
-    case Activation::kLeakyRelu: return f(LeakyRelu());
-    case Activation::kElu: return f(Elu());
-    case Activation::kHardtanh: return f(Hardtanh());
-    case Activation::kSigmoid: return f(Sigmoid());
-    case Activation::kTanh: return f(Tanh());
-    case Activation::kGelu: return f(Gelu());
-    case Activation::kGeluTanh: return f(GeluTanh());
-    case Activation::kSilu: return f(Silu());
-    case Activation::kSoftplus: return f(Softplus());
-    case Activation::kMish: return f(Mish());
-    case Activation::kHardswish: return f(Hardswish());
-    case Activation::kHardsigmoid: return f(Hardsigmoid());
-    case Activation::kLogsigmoid: return f(Logsigmoid());
-    case Activation::kSigmoidY: return f(SigmoidY());
-    case Activation::kTanhY: return f(TanhY());
+    case Activation::kRelu:
+      return f(Relu());
+    case Activation::kLeakyRelu:
+      return f(LeakyRelu());
+    case Activation::kElu:
+      return f(Elu());
+    case Activation::kHardtanh:
+      return f(Hardtanh());
+    case Activation::kSigmoid:
+      return f(Sigmoid());
+    case Activation::kTanh:
+      return f(Tanh());
+    case Activation::kGelu:
+      return f(Gelu());
+    case Activation::kGeluTanh:
+      return f(GeluTanh());
+    case Activation::kSilu:
+      return f(Silu());
+    case Activation::kSoftplus:
+      return f(Softplus());
+    case Activation::kMish:
+      return f(Mish());
+    case Activation::kHardswish:
+      return f(Hardswish());
+    case Activation::kHardsigmoid:
+      return f(Hardsigmoid());
+    case Activation::kLogsigmoid:
+      return f(Logsigmoid());
+    case Activation::kSigmoidY:
+      return f(SigmoidY());
+    case Activation::kTanhY:
+      return f(TanhY());
     case Activation::kIdentity:
-    case Activation::kCount: break;
+    case Activation::kCount:
+      break;
   }
   return f(Identity());
 }
 
 template <class Op, class T>
 Kernel<T> pick(Activation code) {
-  return with_activation<Kernel<T>>(code, [](auto f) -> Kernel<T> { return run<decltype(f), Op, T>; });
+  return with_activation<Kernel<T>>(code,
+                                    [](auto f) -> Kernel<T> { return run<decltype(f), Op, T>; });
 }
 
 // Runs the kernel over whole buffers in tasks of fixed size.
@@ -175,8 +194,10 @@ void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op:
       const std::int64_t n = end - first < kBlock ? end - first : kBlock;
       for (int k = 0; k < Op::kIn; ++k) {
         x[k] = x_block[k];
-        if (converts) load_block(dtype, in[k].data, first, x_block[k], n);
-        else x[k] = static_cast<const A*>(in[k].data) + first;
+        if (converts)
+          load_block(dtype, in[k].data, first, x_block[k], n);
+        else
+          x[k] = static_cast<const A*>(in[k].data) + first;
       }
       for (int k = 0; k < Op::kOut; ++k) y[k] = y_block[k];
       kernel(act, x, y, n);
@@ -204,8 +225,10 @@ void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op:
 template <class Op>
 void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
             const Mask& mask, const Exec& exec) {
-  if (in[0].dtype == Dtype::kFloat64) launch<Op, double>(act, in, out, mask, exec);
-  else launch<Op, float>(act, in, out, mask, exec);
+  if (in[0].dtype == Dtype::kFloat64)
+    launch<Op, double>(act, in, out, mask, exec);
+  else
+    launch<Op, float>(act, in, out, mask, exec);
 }
 
 void activation(const Act& act, const Buffer& x, const Buffer& y, const Mask& mask,
@@ -228,14 +251,15 @@ void activation_jvp(const Act& act, const Buffer& x, const Buffer& tx, const Buf
 void activation_vjp_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy,
                         const Buffer& h, const Buffer& hx, const Buffer& hgy, const Mask& mask,
                         const Exec& exec) {
-  if (order == 1) launch<VjpVjp<1>>(act, {x, gy, h}, {hx, hgy}, mask, exec);
-  else launch<VjpVjp<2>>(act, {x, gy, h}, {hx, hgy}, mask, exec);
+  if (order == 1)
+    launch<VjpVjp<1>>(act, {x, gy, h}, {hx, hgy}, mask, exec);
+  else
+    launch<VjpVjp<2>>(act, {x, gy, h}, {hx, hgy}, mask, exec);
 }
 
 template <int kOrder>
-void vjp_jvp(const Act& act, const Buffer& x, const Buffer& gy, const Buffer& tx,
-             const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Mask& mask,
-             const Exec& exec) {
+void vjp_jvp(const Act& act, const Buffer& x, const Buffer& gy, const Buffer& tx, const Buffer& tgy,
+             const Buffer& gx, const Buffer& tgx, const Mask& mask, const Exec& exec) {
   if (!tx.given()) {  // linear in the cotangent: two products
     launch<Vjp<kOrder>>(act, {x, gy}, {gx}, mask, exec);
     launch<Vjp<kOrder>>(act, {x, tgy}, {tgx}, mask, exec);
@@ -249,13 +273,22 @@ void vjp_jvp(const Act& act, const Buffer& x, const Buffer& gy, const Buffer& tx
 void activation_vjp_jvp(const Act& act, int order, const Buffer& x, const Buffer& gy,
                         const Buffer& tx, const Buffer& tgy, const Buffer& gx, const Buffer& tgx,
                         const Mask& mask, const Exec& exec) {
-  if (order == 1) vjp_jvp<1>(act, x, gy, tx, tgy, gx, tgx, mask, exec);
-  else vjp_jvp<2>(act, x, gy, tx, tgy, gx, tgx, mask, exec);
+  if (order == 1)
+    vjp_jvp<1>(act, x, gy, tx, tgy, gx, tgx, mask, exec);
+  else
+    vjp_jvp<2>(act, x, gy, tx, tgy, gx, tgx, mask, exec);
 }
 
 template <class F, class A>
 void value(const Act& act, const A* x, A* y, std::int64_t n) {
   run<F, Value, A>(act, &x, &y, n);
+}
+
+template <class F, class A>
+void value_and_tangent(const Act& act, const A* x, const A* tx, A* y, A* ty, std::int64_t n) {
+  const A* in[] = {x, tx};
+  A* out[] = {y, ty};
+  run<F, Jvp, A>(act, in, out, n);
 }
 
 }  // namespace
@@ -267,6 +300,14 @@ ActivationBlock<A> activation_block(Activation code) {
 }
 template ActivationBlock<float> activation_block(Activation);
 template ActivationBlock<double> activation_block(Activation);
+
+template <class A>
+ActivationJvpBlock<A> activation_jvp_block(Activation code) {
+  return with_activation<ActivationJvpBlock<A>>(
+      code, [](auto f) -> ActivationJvpBlock<A> { return value_and_tangent<decltype(f), A>; });
+}
+template ActivationJvpBlock<float> activation_jvp_block(Activation);
+template ActivationJvpBlock<double> activation_jvp_block(Activation);
 
 void register_activation(Kernels& table) {
   table.activation = activation;

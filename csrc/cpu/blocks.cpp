@@ -26,7 +26,8 @@ class Dropout {
     const U64 a = (r.w0 & 0xffffffffu) | (r.w1 << 32);
     const U64 b = (r.w2 & 0xffffffffu) | (r.w3 << 32);
     const U64 words[2] = {interleave_low(a, b), interleave_high(a, b)};
-    // Keep when word < threshold, which may be 2^32: word <= threshold - 1 in 32 bits. At 0 the scale is 0.
+    // Keep when word < threshold, which may be 2^32: word <= threshold - 1 in 32 bits. At 0 the
+    // scale is 0.
     const auto limit = static_cast<std::uint32_t>(threshold_ - 1);
     if constexpr (sizeof(A) == 4) {
 #pragma GCC unroll 2
@@ -88,7 +89,8 @@ void load_block(Dtype dtype, const void* data, std::int64_t first, A* block, std
       const T* p = static_cast<const T*>(data) + first;
       std::int64_t i = 0;
       for (; i + kLanes <= n; i += kLanes) store(block + i, load(p + i));
-      if (i < n) store_n(block + i, load_n(p + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+      if (i < n)
+        store_n(block + i, load_n(p + i, static_cast<int>(n - i)), static_cast<int>(n - i));
     }
   });
 }
@@ -102,7 +104,8 @@ void store_block(Dtype dtype, void* data, std::int64_t first, const A* block, st
       T* p = static_cast<T*>(data) + first;
       std::int64_t i = 0;
       for (; i + kLanes <= n; i += kLanes) store(p + i, load(block + i));
-      if (i < n) store_n(p + i, load_n(block + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+      if (i < n)
+        store_n(p + i, load_n(block + i, static_cast<int>(n - i)), static_cast<int>(n - i));
     }
   });
 }
@@ -120,10 +123,10 @@ void stream_copy(void* to, const void* from, std::int64_t bytes) {
   std::memcpy(out + i, in + i, static_cast<std::size_t>(bytes - i));
 }
 
-#define JOPS_INSTANTIATE(A)                                                                       \
-  template void dropout_block(const Mask&, std::int64_t, std::int64_t, A*, std::int64_t);         \
-  template void dropout_range(const Mask&, std::int64_t, std::int64_t, A*, std::int64_t);         \
-  template void load_block(Dtype, const void*, std::int64_t, A*, std::int64_t);                   \
+#define JOPS_INSTANTIATE(A)                                                               \
+  template void dropout_block(const Mask&, std::int64_t, std::int64_t, A*, std::int64_t); \
+  template void dropout_range(const Mask&, std::int64_t, std::int64_t, A*, std::int64_t); \
+  template void load_block(Dtype, const void*, std::int64_t, A*, std::int64_t);           \
   template void store_block(Dtype, void*, std::int64_t, const A*, std::int64_t);
 JOPS_INSTANTIATE(float)
 JOPS_INSTANTIATE(double)

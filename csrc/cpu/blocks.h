@@ -29,6 +29,13 @@ using ActivationBlock = void (*)(const Act&, const A* x, A* y, std::int64_t n);
 template <class A>
 ActivationBlock<A> activation_block(Activation code);  // A = float, double
 
+// y[i] = f(x[i]), ty[i] = f'(x[i]) tx[i]; in place is allowed.
+template <class A>
+using ActivationJvpBlock = void (*)(const Act&, const A* x, const A* tx, A* y, A* ty,
+                                    std::int64_t n);
+template <class A>
+ActivationJvpBlock<A> activation_jvp_block(Activation code);
+
 // m[i] = dropout multiplier (0 or 1/(1-p)) of element `first + i` of sample `sample`, i < n.
 // The caller multiplies: y = m * f(z), so that a dropped NaN or infinity gives NaN, as torch does.
 template <class A>

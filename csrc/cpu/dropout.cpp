@@ -1,5 +1,5 @@
-// Dropout y = m x, and y = residual + m x. The mask m is computed again from the seed wherever it is needed and
-// never stored; the VJP and the JVP are the same kernel.
+// Dropout y = m x, and y = residual + m x. The mask m is computed again from the seed wherever it
+// is needed and never stored; the VJP and the JVP are the same kernel.
 #include "blocks.h"
 
 namespace jops::JOPS_ISA {

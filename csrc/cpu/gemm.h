@@ -34,12 +34,16 @@ struct Fma {
   static JOPS_HD Vec<A> broadcast(const Packed* p) { return Vec<A>(*p); }
   static JOPS_HD Vec<A> vector(const Packed* p) { return load(p); }
   static JOPS_HD Vec<A> add_product(Vec<A> a, Vec<A> b, Vec<A> c) { return fma(a, b, c); }
+  static JOPS_HD Vec<A> add_vectors(Vec<A> a, Vec<A> b, Vec<A> c) { return fma(a, b, c); }
 
-  // n successive k of one line.
+  // A vector of successive k of one line, of which n are there and the others are zero.
   template <class T>
-  static JOPS_HD void along(const T* p, std::int64_t stride, std::int64_t n, Packed* to) {
-    if (stride == 1) return convert(p, n, to);
-    for (std::int64_t i = 0; i < n; ++i) convert(p + i * stride, 1, to + i);
+  static JOPS_HD Vec<A> along(const T* p, std::int64_t stride, std::int64_t n) {
+    constexpr int kLanes = Vec<A>::kLanes;
+    if (stride == 1) return n >= kLanes ? load(p) : load_n(p, static_cast<int>(n));
+    T near[kLanes] = {};
+    for (int i = 0; i < kLanes && i < n; ++i) near[i] = p[i * stride];
+    return load(near);
   }
   // The same k of n adjacent lines.
   template <class T>
@@ -76,15 +80,19 @@ struct Bf16Pairs {
   static JOPS_HD Vec<float> add_product(__m512i a, __m512i b, Vec<float> c) {
     return _mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  static JOPS_HD void along(const Bf16* p, std::int64_t stride, std::int64_t n, Packed* to) {
+  static JOPS_HD Vec<float> add_vectors(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return add_product(reinterpret_cast<__m512i>(a.v), reinterpret_cast<__m512i>(b.v), c);
+  }
+  // Sixteen pairs, as bits of a vector of float.
+  static JOPS_HD Vec<float> along(const Bf16* p, std::int64_t stride, std::int64_t n) {
+    constexpr int kNumbers = 32;
     if (stride == 1) {
-      std::memcpy(to, p, n / 2 * sizeof(Packed));
-    } else {
-      for (std::int64_t i = 0; i < n / 2; ++i) {
-        to[i] = pair(p[2 * i * stride], p[(2 * i + 1) * stride]);
-      }
+      const auto mask = n >= kNumbers ? ~0u : (1u << n) - 1;
+      return reinterpret_cast<Vec<float>::Native>(_mm512_maskz_loadu_epi16(mask, p));
     }
-    if (n % 2) to[n / 2] = pair(p[(n - 1) * stride], Bf16{0});
+    alignas(64) Bf16 near[kNumbers] = {};
+    for (int i = 0; i < kNumbers && i < n; ++i) near[i] = p[i * stride];
+    return reinterpret_cast<Vec<float>::Native>(_mm512_load_si512(near));
   }
   static JOPS_HD void across(const Bf16* p, std::int64_t stride, bool second, std::int64_t n,
                              Packed* to) {
@@ -108,6 +116,47 @@ struct ProductOf<Bf16> {
   using type = Bf16Pairs;
 };
 #endif
+
+// Interleaves the low, or the high, halves of a and b.
+#if defined(__clang__)
+#define JOPS_SHUFFLE(V, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define JOPS_SHUFFLE(V, a, b, ...) __builtin_shuffle(a, b, typename V::Bits{__VA_ARGS__})
+#endif
+template <class V, int kHigh, int... kIndex>
+JOPS_HD typename V::Native interleave(typename V::Native a, typename V::Native b,
+                                      std::integer_sequence<int, kIndex...>) {
+  constexpr int kLanes = V::kLanes;
+  return JOPS_SHUFFLE(V, a, b, (kIndex / 2 + kIndex % 2 * kLanes + kHigh * kLanes / 2)...);
+}
+#undef JOPS_SHUFFLE
+
+// A square of vectors becomes its transpose: every round moves the top bit of the row's number
+// below those of the column's.
+template <class V>
+JOPS_HD void transpose(typename V::Native (&a)[V::kLanes]) {
+  constexpr int kLanes = V::kLanes;
+  constexpr std::make_integer_sequence<int, kLanes> kLane{};
+  typename V::Native b[kLanes];
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      b[2 * i] = interleave<V, 0>(a[i], a[i + kLanes / 2], kLane);
+      b[2 * i + 1] = interleave<V, 1>(a[i], a[i + kLanes / 2], kLane);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) a[i] = b[i];
+  }
+}
+
+template <class V, class A>
+JOPS_HD void store_n_or_all(A* to, V a, int n) {
+  if (n == V::kLanes)
+    store(to, a);
+  else
+    store_n(to, a, n);
+}
 
 // tile (+)= panel of x times panel of w over `steps` packed numbers. `tile` is row-major.
 template <class P>
@@ -138,15 +187,85 @@ __attribute__((noinline)) void tile_product(const typename P::Packed* x,
   }
 }
 
+// Inner products of few rows with columns that are read in place, a register tile of them at a
+// time.
+#if defined(__AVX512F__)
+constexpr int kDotRows = 8, kDotCols = 3;  // of 32 registers
+#elif defined(__aarch64__)
+constexpr int kDotRows = 6, kDotCols = 3;  // of 32 registers
+#else
+constexpr int kDotRows = 4, kDotCols = 2;  // of 16 registers
+#endif
+constexpr int kFewRows = 16;  // up to here w is read in place
+constexpr int kPitch = 16;    // of a row of sums
+
+// to[i][j] += <row i of a, row j of b> for kRows x kCols of them, i, j from 0 on.
+template <class P, int kRows, int kCols, class T>
+__attribute__((noinline)) void dot_tile(const T* a, std::int64_t a_stride, const T* b,
+                                        std::int64_t b_stride, std::int64_t depth,
+                                        typename P::Compute* to) {
+  using V = Vec<typename P::Compute>;
+  constexpr std::int64_t kNumbers = V::kLanes * P::kStep;
+  typename V::Native sums[kCols][kRows];
+#pragma GCC unroll 4
+  for (int j = 0; j < kCols; ++j) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) sums[j][i] = typename V::Native{};
+  }
+  const auto step = [&](std::int64_t k, std::int64_t n) __attribute__((always_inline)) {
+    V right[kCols];
+#pragma GCC unroll 4
+    for (int j = 0; j < kCols; ++j) right[j] = P::along(b + j * b_stride + k, 1, n);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const V left = P::along(a + i * a_stride + k, 1, n);
+#pragma GCC unroll 4
+      for (int j = 0; j < kCols; ++j) sums[j][i] = P::add_vectors(left, right[j], V(sums[j][i])).v;
+    }
+  };
+  std::int64_t k = 0;
+  for (; k + kNumbers <= depth; k += kNumbers) step(k, kNumbers);
+  if (k < depth) step(k, depth - k);
+#pragma GCC unroll 4
+  for (int j = 0; j < kCols; ++j) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) to[i * kPitch + j] += sum(V(sums[j][i]));
+  }
+}
+
+template <class P, class T>
+void dot_block(const T* a, std::int64_t a_stride, int rows, const T* b, std::int64_t b_stride,
+               int cols, std::int64_t depth, typename P::Compute* to) {
+  int i = 0;
+  if (cols == kDotCols) {
+    for (; i + kDotRows <= rows; i += kDotRows) {
+      dot_tile<P, kDotRows, kDotCols>(a + i * a_stride, a_stride, b, b_stride, depth,
+                                      to + i * kPitch);
+    }
+    for (; i < rows; ++i) {
+      dot_tile<P, 1, kDotCols>(a + i * a_stride, a_stride, b, b_stride, depth, to + i * kPitch);
+    }
+  }
+  for (int j = 0; j < cols && i < rows; ++j) {
+    for (int r = i; r < rows; ++r) {
+      dot_tile<P, 1, 1>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, depth,
+                        to + r * kPitch + j);
+    }
+  }
+}
+
 // One panel: `count` of kWidth lines (rows of x or of w), `depth` numbers each, from strided
 // storage.
 template <class P, int kWidth, class T>
 void pack_panel(const T* from, std::int64_t line_stride, std::int64_t depth_stride, int count,
                 std::int64_t depth, typename P::Packed* to) {
   using Packed = typename P::Packed;
+  using V = Vec<typename P::Compute>;
+  static_assert(sizeof(Packed) == sizeof(typename P::Compute));
+  constexpr int kLanes = V::kLanes;
   const std::int64_t steps = (depth + P::kStep - 1) / P::kStep;
-  if (count < kWidth) std::memset(to, 0, steps * kWidth * sizeof(Packed));
-  if (line_stride == 1) {
+  if (line_stride == 1 && depth_stride != 1) {
+    if (count < kWidth) std::memset(to, 0, steps * kWidth * sizeof(Packed));
     for (std::int64_t s = 0; s < steps; ++s) {
       const std::int64_t k = s * P::kStep;
       const bool second = k + 1 < depth;
@@ -158,15 +277,32 @@ void pack_panel(const T* from, std::int64_t line_stride, std::int64_t depth_stri
     }
     return;
   }
-  // Short runs along the depth: the part of the panel that they are spread over stays in L1.
-  constexpr std::int64_t kRun = 16;
-  for (std::int64_t first = 0; first < steps; first += kRun) {
-    const std::int64_t k = first * P::kStep, left = depth - k, whole = kRun * P::kStep;
-    const std::int64_t n = left < whole ? left : whole, numbers = (n + P::kStep - 1) / P::kStep;
-    for (int line = 0; line < count; ++line) {
-      Packed run[kRun];
-      P::along(from + line * line_stride + k * depth_stride, depth_stride, n, run);
-      for (std::int64_t s = 0; s < numbers; ++s) to[(first + s) * kWidth + line] = run[s];
+  // Squares of kLanes lines by kLanes steps, transposed in registers. The last lines of a panel
+  // come first: what a vector of them writes past its step is written again.
+  constexpr int kGroups = (kWidth + kLanes - 1) / kLanes;
+  for (std::int64_t s = 0; s < steps; s += kLanes) {
+    const std::int64_t k = s * P::kStep, left = depth - k;
+    const int n = static_cast<int>(steps - s < kLanes ? steps - s : kLanes);
+    for (int group = kGroups - 1; group >= 0; --group) {
+      const int line = group * kLanes, lines = kWidth - line < kLanes ? kWidth - line : kLanes;
+      typename V::Native square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        square[i] = typename V::Native{};
+        if (i < lines && line + i < count) {
+          square[i] =
+              P::along(from + (line + i) * line_stride + k * depth_stride, depth_stride, left).v;
+        }
+      }
+      transpose<V>(square);
+      typename P::Compute* out = reinterpret_cast<typename P::Compute*>(to + s * kWidth + line);
+      if (n == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes - 1; ++i) store(out + i * kWidth, V(square[i]));
+        store_n_or_all(out + (kLanes - 1) * kWidth, V(square[kLanes - 1]), lines);
+      } else {
+        for (int i = 0; i < n; ++i) store_n_or_all(out + i * kWidth, V(square[i]), lines);
+      }
     }
   }
 }

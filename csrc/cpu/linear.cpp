@@ -1,11 +1,11 @@
 // linear: y = x w^T + bias (+ y), of any strides; linear_act_dropout: z = x w^T + bias, y = m f(z);
-// column_sum: the bias gradient.
+// their JVPs, which share the packed operands of the primal; column_sum: the bias gradient.
 //
-// x and w are packed into panels (gemm.h), a chunk at a time, and every task computes a block of y
-// whose panels stay in L2. The inner dimension runs in order through blocks of fixed depth, in
-// float or double, so the bits depend neither on the number of threads nor on the blocks of y. A
-// tile is finished while it is in L1: bias, activation and mask cost no pass over memory, and
-// 16-bit results are rounded once.
+// Of x and w the operand with fewer lines is packed into panels (gemm.h) ahead, for all threads.
+// The other one is packed by the thread that needs it, a block at a time that stays in its L2. The
+// inner dimension runs in order through pieces of fixed depth, in float or double, so the bits
+// depend neither on the number of threads nor on the blocks. A tile is finished while it is in L1:
+// bias, activation and mask cost no pass over memory, and 16-bit results are rounded once.
 #include <new>
 
 #include "gemm.h"
@@ -13,15 +13,24 @@
 namespace jops::JOPS_ISA {
 namespace {
 
-constexpr std::int64_t kDepth =
-    256;  // k of one visit to a tile: short sums round less, panels stay near
-constexpr std::int64_t kChunkBytes = 16 << 20;  // packed at once, of x and of w each
-constexpr int kBlockRows = 8, kBlockCols = 2;   // tiles of a task
-constexpr std::int64_t kFewRows = 4;            // up to here w is read in place
+constexpr std::int64_t kPiece = 256;  // k of one visit to a tile: a panel of w stays in L1
+constexpr std::int64_t kPass = 1024;  // k that a block is packed for at once
+constexpr std::int64_t kBlockBytes = 384 << 10;  // of a packed block
+constexpr std::int64_t kSumsBytes = 512 << 10;   // of sums that wait for the next pass
+constexpr std::int64_t kAheadBytes = 16 << 20;   // packed ahead at once
+constexpr int kGroup = 8;                        // tiles that share a piece of w in L1
 
 template <class N>
 N up(N a, N b) {
   return (a + b - 1) / b;
+}
+template <class N>
+N least(N a, N b) {
+  return a < b ? a : b;
+}
+template <class N>
+N most(N a, N b) {
+  return a > b ? a : b;
 }
 
 template <class N>
@@ -34,207 +43,323 @@ struct Aligned {
   Aligned& operator=(const Aligned&) = delete;
 };
 
-// What happens to a block of sums on its way to memory.
+// The operands of one product; an absent tangent is not given().
+struct Operands {
+  Matrix x, w, tx, tw;
+};
+
+// Where results go, for one batch index, and what happens to a block of sums on the way.
 template <class T>
 struct Epilogue {
   using A = Compute<T>;
-  const T* bias;  // of this batch index, or null
-  T* y;           // this batch index
-  T* z;           // or null
-  std::int64_t y_stride, z_stride, cols;
-  bool accumulate;
-  ActivationBlock<A> activation;  // or null
-  const Act* act;
-  const Mask* mask;  // or null
-  std::int64_t sample;
+  static constexpr int kLanes = Vec<A>::kLanes;
 
-  // Row-major sums of `rows` x `width`, rows `pitch` apart, that belong at (row, col) of y.
-  void operator()(A* sums, int pitch, std::int64_t row, std::int64_t col, int rows,
+  struct Output {
+    const T* bias = nullptr;
+    T* z = nullptr;  // before the activation
+    T* y = nullptr;
+  };
+  Output primal, tangent;
+  std::int64_t y_stride = 0, z_stride = 0, cols = 0;
+  bool accumulate = false;
+  bool dual = false;
+  bool streams = false;
+  ActivationBlock<A> activation = nullptr;
+  ActivationJvpBlock<A> activation_jvp = nullptr;
+  const Act* act = nullptr;
+  const Mask* mask = nullptr;
+  std::int64_t sample = 0;
+
+  // Row-major sums of `rows` x `width`, rows `pitch` apart, that belong at (row, col) of the
+  // results; `tangents` only if dual.
+  void operator()(A* sums, A* tangents, int pitch, std::int64_t row, std::int64_t col, int rows,
                   int width) const {
-    if (bias) {
-      for (int i = 0; i < rows; ++i) {
-        A* s = sums + i * pitch;
-        for_segment(
-            width, [&](int j, int n) { store(s + j, load(s + j) + load_part(bias + col + j, n)); });
-      }
-    }
-    if (z) {
-      for (int i = 0; i < rows; ++i) copy(z + (row + i) * z_stride + col, sums + i * pitch, width);
-    }
-    if (activation) activation(*act, sums, sums, static_cast<std::int64_t>(rows) * pitch);
+    before(primal, sums, pitch, row, col, rows, width);
+    if (dual) before(tangent, tangents, pitch, row, col, rows, width);
+    const std::int64_t n = static_cast<std::int64_t>(rows) * pitch;
+    if (activation_jvp)
+      activation_jvp(*act, sums, tangents, sums, tangents, n);
+    else if (activation)
+      activation(*act, sums, sums, n);
     if (mask) {
       alignas(64) A m[kMaxWidth];
       for (int i = 0; i < rows; ++i) {
-        A* s = sums + i * pitch;
         dropout_block(*mask, sample, (row + i) * cols + col, m, width);
-        for_segment(width, [&](int j, int) { store(s + j, load(s + j) * load(m + j)); });
+        multiply(sums + i * pitch, m, width);
+        if (dual) multiply(tangents + i * pitch, m, width);
       }
     }
-    for (int i = 0; i < rows; ++i) {
-      A* s = sums + i * pitch;
-      T* to = y + (row + i) * y_stride + col;
-      if (accumulate) {
-        for_segment(width, [&](int j, int n) { store(s + j, load(s + j) + load_part(to + j, n)); });
-      }
-      copy(to, s, width);
-    }
+    after(primal, sums, pitch, row, col, rows, width);
+    if (dual) after(tangent, tangents, pitch, row, col, rows, width);
   }
 
   static constexpr int kMaxWidth = 128;
 
-  // Whole vectors; the last may be part of one. Blocks of sums are padded to whole vectors.
-  template <class F>
-  static JOPS_HD void for_segment(int width, const F& f) {
-    constexpr int kLanes = Vec<A>::kLanes;
-    for (int j = 0; j < width; j += kLanes) f(j, width - j < kLanes ? width - j : kLanes);
+ private:
+  void before(const Output& out, A* sums, int pitch, std::int64_t row, std::int64_t col, int rows,
+              int width) const {
+    if (out.bias) {
+      for (int i = 0; i < rows; ++i) add(sums + i * pitch, out.bias + col, width);
+    }
+    if (out.z) {
+      for (int i = 0; i < rows; ++i) {
+        write(out.z + (row + i) * z_stride + col, sums + i * pitch, width);
+      }
+    }
   }
-  static JOPS_HD Vec<A> load_part(const T* p, int n) {
-    return n == Vec<A>::kLanes ? load(p) : load_n(p, n);
+  void after(const Output& out, A* sums, int pitch, std::int64_t row, std::int64_t col, int rows,
+             int width) const {
+    for (int i = 0; i < rows; ++i) {
+      T* to = out.y + (row + i) * y_stride + col;
+      if (accumulate) add(sums + i * pitch, to, width);
+      write(to, sums + i * pitch, width);
+    }
   }
-  static JOPS_HD void copy(T* to, const A* from, int width) {
-    for_segment(width, [&](int j, int n) {
-      if (n == Vec<A>::kLanes)
-        store(to + j, load(from + j));
-      else
-        store_n(to + j, load(from + j), n);
-    });
+
+  // Whole vectors, and a part of one at the end. Blocks of sums are padded to whole vectors.
+  static JOPS_HD void add(A* s, const T* p, int width) {
+    int j = 0;
+    for (; j + kLanes <= width; j += kLanes) store(s + j, load(s + j) + load(p + j));
+    if (j < width) store(s + j, load(s + j) + load_n(p + j, width - j));
+  }
+  static JOPS_HD void multiply(A* s, const A* m, int width) {
+    for (int j = 0; j < width; j += kLanes) store(s + j, load(s + j) * load(m + j));
+  }
+  JOPS_HD void write(T* to, const A* from, int width) const {
+    int j = 0;
+    if constexpr (std::is_same_v<T, A>) {
+      if (streams && reinterpret_cast<std::uintptr_t>(to) % kVectorBytes == 0) {
+        for (; j + kLanes <= width; j += kLanes) stream(to + j, load(from + j));
+      }
+    }
+    for (; j + kLanes <= width; j += kLanes) store(to + j, load(from + j));
+    if (j < width) store_n(to + j, load(from + j), width - j);
   }
 };
 
-// Panels of lines [first, first + count) of a matrix whose lines are rows, into `to`.
+// Lines of an operand in panels, `stride` numbers from one to the next.
+template <class P>
+struct Panels {
+  const typename P::Packed* value = nullptr;
+  const typename P::Packed* tangent = nullptr;
+  std::int64_t stride = 0;
+
+  Panels from(std::int64_t panel, std::int64_t number) const {
+    const std::int64_t at = panel * stride + number;
+    return {value + at, tangent ? tangent + at : nullptr, stride};
+  }
+};
+
+// Panels [begin, end) of a matrix whose lines are rows, for `depth` columns from `first` on.
 template <class P, int kWidth, class T>
-void pack(const Matrix& a, std::int64_t batch, std::int64_t first, std::int64_t count, int threads,
-          typename P::Packed* to) {
-  const T* from = static_cast<const T*>(a.data) + batch * a.batch_stride + first * a.row_stride;
-  const std::int64_t panel = up<std::int64_t>(a.cols, P::kStep) * kWidth;
-  parallel(up<std::int64_t>(count, kWidth), threads, [&](std::int64_t i) {
-    const std::int64_t left = count - i * kWidth;
-    pack_panel<P, kWidth>(from + i * kWidth * a.row_stride, a.row_stride, a.col_stride,
-                          static_cast<int>(left < kWidth ? left : kWidth), a.cols, to + i * panel);
-  });
+void pack(const Matrix& a, std::int64_t batch, std::int64_t begin, std::int64_t end,
+          std::int64_t first, std::int64_t depth, typename P::Packed* to) {
+  const T* from = static_cast<const T*>(a.data) + batch * a.batch_stride + first * a.col_stride;
+  const std::int64_t stride = up<std::int64_t>(depth, P::kStep) * kWidth;
+  for (std::int64_t panel = begin; panel < end; ++panel) {
+    const std::int64_t line = panel * kWidth;
+    pack_panel<P, kWidth>(from + line * a.row_stride, a.row_stride, a.col_stride,
+                          static_cast<int>(least<std::int64_t>(a.rows - line, kWidth)), depth,
+                          to + (panel - begin) * stride);
+  }
 }
 
-// One block of y: its tiles' sums over the whole depth, then the epilogue.
-template <class P, class T>
-void block_product(const typename P::Packed* x, const typename P::Packed* w, std::int64_t steps,
-                   std::int64_t row, std::int64_t col, std::int64_t rows, std::int64_t cols,
-                   const Epilogue<T>& finish) {
-  constexpr int kTile = P::kRows * P::kCols;
-  constexpr std::int64_t kSteps = kDepth / P::kStep;
-  const int tile_rows = static_cast<int>(up<std::int64_t>(rows, P::kRows));
-  const int tile_cols = static_cast<int>(up<std::int64_t>(cols, P::kCols));
-  alignas(64) typename P::Compute sums[kBlockRows * kBlockCols][kTile];
+// One operand, in panels kWidth lines wide.
+template <class P, int kWidth, class T>
+struct Side {
+  const Matrix& value;
+  const Matrix& tangent;
+  std::int64_t batch;
+
+  static constexpr int width = kWidth;
+  std::int64_t panels() const { return up<std::int64_t>(value.rows, kWidth); }
+  int parts() const { return tangent.given() ? 2 : 1; }
+
+  // Both parts for panels [begin, end), in a buffer that holds `room` panels of each.
+  void pack_into(typename P::Packed* to, std::int64_t room, std::int64_t begin, std::int64_t end,
+                 std::int64_t at, std::int64_t first, std::int64_t depth) const {
+    const std::int64_t stride = up<std::int64_t>(depth, P::kStep) * kWidth;
+    pack<P, kWidth, T>(value, batch, begin, end, first, depth, to + at * stride);
+    if (tangent.given()) {
+      pack<P, kWidth, T>(tangent, batch, begin, end, first, depth, to + (room + at) * stride);
+    }
+  }
+  Panels<P> view(const typename P::Packed* data, std::int64_t room, std::int64_t depth) const {
+    const std::int64_t stride = up<std::int64_t>(depth, P::kStep) * kWidth;
+    return {data, tangent.given() ? data + room * stride : nullptr, stride};
+  }
+};
+
+// Up to kGroup tiles above each other (+)= their panels of x times one panel of w.
+template <class P>
+void group_product(const Panels<P>& x, int tiles, const Panels<P>& w, std::int64_t steps,
+                   bool accumulate, typename P::Compute* sums, typename P::Compute* tangents) {
+  constexpr std::int64_t kTile = P::kRows * P::kCols, kSteps = kPiece / P::kStep;
   std::int64_t first = 0;
-  do {  // once even without any k: y is then the bias
-    const std::int64_t n = steps - first < kSteps ? steps - first : kSteps;
-    for (int j = 0; j < tile_cols; ++j) {
-      for (int i = 0; i < tile_rows; ++i) {
-        auto* tile = sums[i * kBlockCols + j];
-        tile_product<P>(x + (i * steps + first) * P::kRows, w + (j * steps + first) * P::kCols, n,
-                        first > 0, tile);
-        if (first + n < steps) continue;
-        const std::int64_t r = i * P::kRows, c = j * P::kCols;
-        finish(tile, P::kCols, row + r, col + c,
-               static_cast<int>(rows - r < P::kRows ? rows - r : P::kRows),
-               static_cast<int>(cols - c < P::kCols ? cols - c : P::kCols));
+  do {  // once even without any k: the sums are then zeros
+    const std::int64_t n = least(steps - first, kSteps);
+    const auto* b = w.value + first * P::kCols;
+    for (int i = 0; i < tiles; ++i) {
+      const std::int64_t at = i * x.stride + first * P::kRows;
+      const bool add = accumulate || first > 0;
+      tile_product<P>(x.value + at, b, n, add, sums + i * kTile);
+      if (!tangents) continue;
+      if (x.tangent) {
+        tile_product<P>(x.tangent + at, b, n, add, tangents + i * kTile);
+      } else if (!w.tangent) {
+        tile_product<P>(x.value + at, b, 0, add, tangents + i * kTile);  // zeros
+      }
+      if (w.tangent) {
+        tile_product<P>(x.value + at, w.tangent + first * P::kCols, n, add || x.tangent,
+                        tangents + i * kTile);
       }
     }
     first += kSteps;
   } while (first < steps);
 }
 
-template <class T>
-void packed_product(const Matrix& x, const Matrix& w, std::int64_t batch, int threads,
-                    const Epilogue<T>& finish) {
+// kAheadX: x is the operand that is packed ahead.
+template <class T, bool kAheadX>
+void packed_product(const Operands& o, std::int64_t batch, int threads, const Epilogue<T>& finish) {
   using P = typename ProductOf<T>::type;
   using Packed = typename P::Packed;
-  const std::int64_t M = x.rows, N = w.rows, steps = up<std::int64_t>(x.cols, P::kStep);
-  const std::int64_t line = (steps + 1) * static_cast<std::int64_t>(sizeof(Packed));
-  const auto chunk = [&](std::int64_t lines, int width) {
-    const std::int64_t most = kChunkBytes / line / width * width;
-    const std::int64_t all = up<std::int64_t>(lines, width) * width;
-    return most < width ? static_cast<std::int64_t>(width) : most < all ? most : all;
-  };
-  const std::int64_t chunk_rows = chunk(M, P::kRows), chunk_cols = chunk(N, P::kCols);
-  Aligned<Packed> xs(chunk_rows * steps), ws(chunk_cols * steps);
+  using A = typename P::Compute;
+  constexpr std::int64_t kTile = P::kRows * P::kCols;
+  using X = Side<P, P::kRows, T>;
+  using W = Side<P, P::kCols, T>;
+  const X x{o.x, o.tx, batch};
+  const W w{o.w, o.tw, batch};
+  const auto& ahead = [&]() -> const auto& {
+    if constexpr (kAheadX)
+      return x;
+    else
+      return w;
+  }();
+  const auto& outer = [&]() -> const auto& {
+    if constexpr (kAheadX)
+      return w;
+    else
+      return x;
+  }();
+  const std::int64_t M = o.x.rows, N = o.w.rows, K = o.x.cols;
+  const std::int64_t passes = most<std::int64_t>(up(K, kPass), 1);
+  const std::int64_t pass = up(up(K, passes), kPiece) * kPiece;
+  const std::int64_t deep = least(K, pass);  // of a packed block
+  const int layers = finish.dual ? 2 : 1;
 
-  for (std::int64_t col = 0; col < N; col += chunk_cols) {
-    const std::int64_t cols = N - col < chunk_cols ? N - col : chunk_cols;
-    pack<P, P::kCols, T>(w, batch, col, cols, threads, ws.data);
-    for (std::int64_t row = 0; row < M; row += chunk_rows) {
-      const std::int64_t rows = M - row < chunk_rows ? M - row : chunk_rows;
-      if (col == 0 || chunk_rows < M) pack<P, P::kRows, T>(x, batch, row, rows, threads, xs.data);
+  // Ahead: as many panels as fit, for the whole depth.
+  const std::int64_t number = sizeof(Packed) * ahead.parts() * up<std::int64_t>(K + 1, P::kStep);
+  const std::int64_t ahead_all = ahead.panels();
+  const std::int64_t ahead_room =
+      most<std::int64_t>(1, least(ahead_all, kAheadBytes / (number * ahead.width)));
+  // A block of the other operand: what fits into L2, but one for every thread at least.
+  const std::int64_t outer_all = outer.panels();
+  const std::int64_t block_bytes =
+      sizeof(Packed) * outer.parts() * up<std::int64_t>(deep + 1, P::kStep) * outer.width;
+  std::int64_t room = most<std::int64_t>(1, kBlockBytes / block_bytes);
+  if (!kAheadX) room = least<std::int64_t>(room, kGroup);
+  room = least(room, up<std::int64_t>(outer_all, threads));
+  const std::int64_t blocks = up(up(outer_all, room), static_cast<std::int64_t>(threads)) * threads;
+  room = up(outer_all, blocks);
+  // What is ahead is split where the blocks are too few for the threads, or their sums too many.
+  const std::int64_t sums_room =
+      passes == 1
+          ? ahead_room
+          : most<std::int64_t>(
+                1, kSumsBytes / (room * kTile * layers * static_cast<std::int64_t>(sizeof(A))));
 
-      // Small problems get smaller blocks, so that every thread has one.
-      int block_rows = kBlockRows * P::kRows, block_cols = kBlockCols * P::kCols;
-      while (up<std::int64_t>(rows, block_rows) * up<std::int64_t>(cols, block_cols) <
-                 2 * threads &&
-             (block_rows > P::kRows || block_cols > P::kCols)) {
-        if (block_cols > P::kCols)
-          block_cols = P::kCols;
-        else
-          block_rows /= 2, block_rows = static_cast<int>(up(block_rows, P::kRows)) * P::kRows;
+  const std::int64_t ahead_steps = up<std::int64_t>(K, P::kStep);
+  Aligned<Packed> ahead_data(ahead_room * ahead.parts() * ahead_steps * ahead.width);
+  for (std::int64_t begin = 0; begin < ahead_all; begin += ahead_room) {
+    const std::int64_t here = least(ahead_room, ahead_all - begin);
+    parallel(here, threads, [&](std::int64_t i) {
+      ahead.pack_into(ahead_data.data, ahead_room, begin + i, begin + i + 1, i, 0, K);
+    });
+    const Panels<P> ahead_panels = ahead.view(ahead_data.data, ahead_room, K);
+    std::int64_t split =
+        most<std::int64_t>(up(here, sums_room), threads / least<std::int64_t>(outer_all, threads));
+    split = least(split, here);
+    parallel(blocks * split, threads, [&](std::int64_t task) {
+      const std::int64_t block = task / split, part = task % split;
+      const std::int64_t p0 = outer_all * block / blocks, p1 = outer_all * (block + 1) / blocks;
+      const std::int64_t q0 = here * part / split, q1 = here * (part + 1) / split;
+      if (p0 == p1 || q0 == q1) return;
+      Aligned<Packed> outer_data((p1 - p0) * outer.parts() * up<std::int64_t>(deep, P::kStep) *
+                                 outer.width);
+      const std::int64_t x0 = kAheadX ? begin + q0 : p0, x1 = kAheadX ? begin + q1 : p1;
+      const std::int64_t w0 = kAheadX ? p0 : begin + q0, w1 = kAheadX ? p1 : begin + q1;
+      const std::int64_t kept = passes == 1 ? kGroup : (x1 - x0) * (w1 - w0);
+      Aligned<A> sums_data(kept * layers * kTile);
+      for (std::int64_t k = 0, number = 0; number < passes; ++number, k += pass) {
+        const std::int64_t depth = most<std::int64_t>(0, least(K - k, pass));
+        const std::int64_t steps = up<std::int64_t>(depth, P::kStep);
+        outer.pack_into(outer_data.data, p1 - p0, p0, p1, 0, k, depth);
+        const Panels<P> near = outer.view(outer_data.data, p1 - p0, depth);
+        const Panels<P> far = ahead_panels.from(q0, k / P::kStep * ahead.width);
+        const Panels<P> xs = kAheadX ? far : near, ws = kAheadX ? near : far;
+        for (std::int64_t i = x0; i < x1; i += kGroup) {
+          const int tiles = static_cast<int>(least<std::int64_t>(kGroup, x1 - i));
+          for (std::int64_t j = w0; j < w1; ++j) {
+            A* sums = sums_data.data;
+            if (passes > 1) sums += ((j - w0) * (x1 - x0) + (i - x0)) * kTile;
+            A* tangents = finish.dual ? sums + kept * kTile : nullptr;
+            group_product<P>(xs.from(i - x0, 0), tiles, ws.from(j - w0, 0), steps, number > 0, sums,
+                             tangents);
+            if (number + 1 < passes) continue;
+            for (int t = 0; t < tiles; ++t) {
+              const std::int64_t row = (i + t) * P::kRows, col = j * P::kCols;
+              finish(sums + t * kTile, tangents ? tangents + t * kTile : nullptr, P::kCols, row,
+                     col, static_cast<int>(least<std::int64_t>(M - row, P::kRows)),
+                     static_cast<int>(least<std::int64_t>(N - col, P::kCols)));
+            }
+          }
+        }
       }
-      const std::int64_t down = up<std::int64_t>(rows, block_rows);
-      parallel(down * up<std::int64_t>(cols, block_cols), threads, [&](std::int64_t task) {
-        // Down the rows first: a thread keeps its panels of w in L2.
-        const std::int64_t r = task % down * block_rows, c = task / down * block_cols;
-        block_product<P>(xs.data + r * steps, ws.data + c * steps, steps, row + r, col + c,
-                         rows - r < block_rows ? rows - r : block_rows,
-                         cols - c < block_cols ? cols - c : block_cols, finish);
-      });
-    }
+      if (finish.streams) stream_fence();
+    });
   }
 }
 
-// Few rows, both operands contiguous along k: packing w would cost more than the products.
+// Few rows, both operands contiguous along k: every number of w is used a few times only, so w is
+// read in place, and once.
 template <class T>
-void few_rows_product(const Matrix& x, const Matrix& w, std::int64_t batch, int threads,
+void few_rows_product(const Operands& o, std::int64_t batch, int threads,
                       const Epilogue<T>& finish) {
-  using A = Compute<T>;
-  using V = Vec<A>;
-  constexpr int kWidth = 16;
-  const T* xs = static_cast<const T*>(x.data) + batch * x.batch_stride;
-  const T* ws = static_cast<const T*>(w.data) + batch * w.batch_stride;
-  const std::int64_t M = x.rows, N = w.rows, K = x.cols, whole = K / V::kLanes * V::kLanes;
+  using P = typename ProductOf<T>::type;
+  using A = typename P::Compute;
+  constexpr int kWidth = 4 * kDotCols;  // columns of a task
+  const std::int64_t M = o.x.rows, N = o.w.rows;
   parallel(up<std::int64_t>(N, kWidth), threads, [&](std::int64_t task) {
     const std::int64_t col = task * kWidth;
-    const int cols = static_cast<int>(N - col < kWidth ? N - col : kWidth);
-    alignas(64) A sums[kFewRows][kWidth] = {};
-    for (int j = 0; j < cols; ++j) {
-      const T* b = ws + (col + j) * w.row_stride;
-      for (std::int64_t i = 0; i < M; ++i) {
-        const T* a = xs + i * x.row_stride;
-        V part[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
-        std::int64_t k = 0;
-        for (; k + 4 * V::kLanes <= K; k += 4 * V::kLanes) {
-#pragma GCC unroll 4
-          for (int u = 0; u < 4; ++u) {
-            part[u] = fma(load(a + k + u * V::kLanes), load(b + k + u * V::kLanes), part[u]);
-          }
-        }
-        for (; k < whole; k += V::kLanes) part[0] = fma(load(a + k), load(b + k), part[0]);
-        if (k < K) {
-          const int n = static_cast<int>(K - k);
-          part[1] = fma(load_n(a + k, n), load_n(b + k, n), part[1]);
-        }
-        sums[i][j] = sum((part[0] + part[1]) + (part[2] + part[3]));
+    const int cols = static_cast<int>(least<std::int64_t>(N - col, kWidth));
+    alignas(64) A sums[kFewRows * kPitch] = {}, tangents[kFewRows * kPitch] = {};
+    const auto add = [&](const Matrix& x, const Matrix& w, A* to) {
+      const T* a = static_cast<const T*>(x.data) + batch * x.batch_stride;
+      const T* b = static_cast<const T*>(w.data) + batch * w.batch_stride + col * w.row_stride;
+      for (int j = 0; j < cols; j += kDotCols) {
+        dot_block<P>(a, x.row_stride, static_cast<int>(M), b + j * w.row_stride, w.row_stride,
+                     least(cols - j, kDotCols), x.cols, to + j);
       }
-    }
-    finish(sums[0], kWidth, 0, col, static_cast<int>(M), cols);
+    };
+    add(o.x, o.w, sums);
+    if (o.tx.given()) add(o.tx, o.w, tangents);
+    if (o.tw.given()) add(o.x, o.tw, tangents);
+    finish(sums, tangents, kPitch, 0, col, static_cast<int>(M), cols);
   });
 }
 
 template <class T>
-void product(const Matrix& x, const Matrix& w, std::int64_t batch, int threads,
-             const Epilogue<T>& finish) {
+void product(const Operands& o, std::int64_t batch, int threads, const Epilogue<T>& finish) {
   // A thread is worth waking for about 50 microseconds of work.
-  const std::int64_t useful = x.rows * w.rows * (x.cols + 16) / (1 << 20) + 1;
+  const std::int64_t useful = o.x.rows * o.w.rows * (o.x.cols + 16) / (1 << 20) + 1;
   if (useful < threads) threads = static_cast<int>(useful);
-  if (x.rows <= kFewRows && x.col_stride == 1 && w.col_stride == 1) {
-    few_rows_product<T>(x, w, batch, threads, finish);
+  const auto along = [](const Matrix& a) { return !a.given() || a.col_stride == 1; };
+  if (o.x.rows <= kFewRows && along(o.x) && along(o.w) && along(o.tx) && along(o.tw)) {
+    few_rows_product<T>(o, batch, threads, finish);
+  } else if (o.x.rows < o.w.rows) {
+    packed_product<T, true>(o, batch, threads, finish);
   } else {
-    packed_product<T>(x, w, batch, threads, finish);
+    packed_product<T, false>(o, batch, threads, finish);
   }
 }
 
@@ -244,41 +369,62 @@ Matrix broadcast(Matrix a) {
   return a;
 }
 
-void run(Matrix x, Matrix w, const Buffer& bias, const Matrix& y, const Matrix& z, bool accumulate,
-         const Act* act, const Mask& mask, const Exec& exec) {
-  x = broadcast(x);
-  w = broadcast(w);
-  with_storage(y.dtype, [&](auto storage) {
+// Results of one kernel.
+struct Results {
+  Buffer bias, tbias;
+  Matrix y, ty, z;
+};
+
+void run(const Operands& o, const Results& r, bool accumulate, const Act* act, const Mask& mask,
+         const Exec& exec) {
+  const Operands operands{broadcast(o.x), broadcast(o.w), broadcast(o.tx), broadcast(o.tw)};
+  with_storage(r.y.dtype, [&](auto storage) {
     using T = decltype(storage);
-    Epilogue<T> finish{};
-    finish.y_stride = y.row_stride;
-    finish.z_stride = z.row_stride;
-    finish.cols = y.cols;
+    using A = Compute<T>;
+    Epilogue<T> finish;
+    finish.y_stride = r.y.row_stride;
+    finish.z_stride = r.z.row_stride;
+    finish.cols = r.y.cols;
     finish.accumulate = accumulate;
+    finish.dual = r.ty.given();
+    finish.streams = should_stream(r.y.batch * r.y.rows * r.y.cols * size_of(r.y.dtype));
     finish.act = act;
     if (act && act->code != Activation::kIdentity) {
-      finish.activation = activation_block<Compute<T>>(act->code);
+      finish.activation = activation_block<A>(act->code);
+      if (finish.dual) finish.activation_jvp = activation_jvp_block<A>(act->code);
     }
     finish.mask = mask.given() ? &mask : nullptr;
-    const std::int64_t bias_stride = bias.given() && bias.size != y.cols ? y.cols : 0;
-    for (std::int64_t b = 0; b < y.batch; ++b) {
-      finish.bias = bias.given() ? static_cast<const T*>(bias.data) + b * bias_stride : nullptr;
-      finish.y = static_cast<T*>(y.data) + b * y.batch_stride;
-      finish.z = z.given() ? static_cast<T*>(z.data) + b * z.batch_stride : nullptr;
+    const auto line = [&](const Buffer& bias, std::int64_t b) -> const T* {
+      if (!bias.given()) return nullptr;
+      return static_cast<const T*>(bias.data) + (bias.size != r.y.cols ? b * r.y.cols : 0);
+    };
+    const auto matrix = [](const Matrix& m, std::int64_t b) -> T* {
+      return m.given() ? static_cast<T*>(m.data) + b * m.batch_stride : nullptr;
+    };
+    for (std::int64_t b = 0; b < r.y.batch; ++b) {
+      finish.primal = {line(r.bias, b), matrix(r.z, b), matrix(r.y, b)};
+      finish.tangent = {line(r.tbias, b), nullptr, matrix(r.ty, b)};
       finish.sample = b;
-      product<T>(x, w, b, exec.threads, finish);
+      product<T>(operands, b, exec.threads, finish);
     }
   });
 }
 
 void linear(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y, bool accumulate,
             const Exec& exec) {
-  run(x, w, bias, y, Matrix{}, accumulate, nullptr, Mask{}, exec);
+  run({x, w, {}, {}}, {bias, {}, y, {}, {}}, accumulate, nullptr, Mask{}, exec);
 }
 
 void linear_act_dropout(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
                         const Matrix& z, const Act& act, const Mask& mask, const Exec& exec) {
-  run(x, w, bias, y, z, false, &act, mask, exec);
+  run({x, w, {}, {}}, {bias, {}, y, {}, z}, false, &act, mask, exec);
+}
+
+void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& tx,
+                            const Matrix& tw, const Buffer& tbias, const Matrix& y,
+                            const Matrix& ty, const Matrix& z, const Act& act, const Mask& mask,
+                            const Exec& exec) {
+  run({x, w, tx, tw}, {bias, tbias, y, ty, z}, false, &act, mask, exec);
 }
 
 // Sums of kSumRows rows first, then of those: the order is fixed, and rounding grows with neither
@@ -338,6 +484,7 @@ void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
 void register_linear(Kernels& table) {
   table.linear = linear;
   table.linear_act_dropout = linear_act_dropout;
+  table.linear_act_dropout_jvp = linear_act_dropout_jvp;
   table.column_sum = column_sum;
 }
 

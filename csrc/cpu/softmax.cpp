@@ -1,10 +1,12 @@
-// The softmax family over the middle dimension of a contiguous (outer, n, inner) buffer, inner rows strided.
+// The softmax family over the middle dimension of a contiguous (outer, n, inner) buffer, inner rows
+// strided.
 //
-// inner == 1: a row is contiguous. Three passes (maximum, sums, outputs), of which only the first one meets memory,
-// as a row fits in a cache. inner > 1: strips of columns, walked row by row without a transposed copy: the state of
-// every column is a lane; one online pass for maximum and sums (Milakov and Gimelshein, arXiv:1805.02867), one for
-// outputs. Each column is summed in the same order whatever the strip, so bits depend on neither path nor thread.
-// The formulas are in math/softmax.h.
+// inner == 1: a row is contiguous. Three passes (maximum, sums, outputs), of which only the first
+// one meets memory, as a row fits in a cache. inner > 1: strips of columns, walked row by row
+// without a transposed copy: the state of every column is a lane; one online pass for maximum and
+// sums (Milakov and Gimelshein, arXiv:1805.02867), one for outputs. Each column is summed in the
+// same order whatever the strip, so bits depend on neither path nor thread. The formulas are in
+// math/softmax.h.
 #include "../math/softmax.h"
 
 #include "blocks.h"
@@ -32,7 +34,8 @@ struct Call {
   }
 };
 
-// The inputs of one vector of elements. Lanes past the end add nothing to a sum: logits are filled so that e^d = 0.
+// The inputs of one vector of elements. Lanes past the end add nothing to a sum: logits are filled
+// so that e^d = 0.
 template <class Op, class T>
 struct Inputs {
   using A = Compute<T>;
@@ -90,7 +93,8 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
   constexpr std::int64_t kKeep = 8192;
   alignas(64) A kept[Op::kLogits ? kKeep : 1];
   const bool keeps = Op::kLogits && n <= kKeep;
-  // Partial sums of a block first, then their sum: the error grows with the number of blocks, not of elements.
+  // Partial sums of a block first, then their sum: the error grows with the number of blocks, not
+  // of elements.
   V sum[Op::kSums];
   for (V& s : sum) s = V(A(0));
   for (std::int64_t block = 0; block < n; block += kBlock) {
@@ -145,8 +149,10 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
                kMasked ? load(m + i) : V(A(1)), sum, scale, out);
 #pragma GCC unroll 2
       for (int k = 0; k < Op::kOut; ++k) {
-        if (lanes == V::kLanes) store(to[k] + i, out[k]);
-        else store_n(to[k] + i, out[k], lanes);
+        if (lanes == V::kLanes)
+          store(to[k] + i, out[k]);
+        else
+          store_n(to[k] + i, out[k], lanes);
       }
     });
     if (call.streams) {
@@ -169,7 +175,8 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
   const std::int64_t start = outer * n * inner + column;
   const V scale(static_cast<A>(call.rows.scale));
 
-  // `lost` is what rounding took from `sum` (Kahan): a column's sum is as good as a row's, which is kept in lanes.
+  // `lost` is what rounding took from `sum` (Kahan): a column's sum is as good as a row's, which is
+  // kept in lanes.
   alignas(64) A top[kStrip], sum[Op::kSums][kStrip], lost[Op::kSums][kStrip];
   for (int j = 0; j < kStrip; ++j) {
     top[j] = -kInfinity;
@@ -250,8 +257,10 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
       Op::emit(e.in, d, e.exponential(d), kMasked ? load(m[0] + j) : V(A(1)), s, scale, out);
 #pragma GCC unroll 2
       for (int k = 0; k < Op::kOut; ++k) {
-        if (lanes == V::kLanes) store(to[k] + j, out[k]);
-        else store_n(to[k] + j, out[k], lanes);
+        if (lanes == V::kLanes)
+          store(to[k] + j, out[k]);
+        else
+          store_n(to[k] + j, out[k], lanes);
       }
     });
     if (call.streams) {
@@ -326,9 +335,12 @@ void softmax_vjp_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const 
 template <template <bool, bool> class Row>
 void vjp_jvp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& ty,
              const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec& exec) {
-  if (!ty.given()) launch<Row<false, true>>(rows, {y, gy, tgy}, {gx, tgx}, exec);
-  else if (!tgy.given()) launch<Row<true, false>>(rows, {y, gy, ty}, {gx, tgx}, exec);
-  else launch<Row<true, true>>(rows, {y, gy, ty, tgy}, {gx, tgx}, exec);
+  if (!ty.given())
+    launch<Row<false, true>>(rows, {y, gy, tgy}, {gx, tgx}, exec);
+  else if (!tgy.given())
+    launch<Row<true, false>>(rows, {y, gy, ty}, {gx, tgx}, exec);
+  else
+    launch<Row<true, true>>(rows, {y, gy, ty, tgy}, {gx, tgx}, exec);
 }
 
 void log_softmax(const Rows& rows, const Buffer& x, const Buffer& y, const Exec& exec) {

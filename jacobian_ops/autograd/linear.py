@@ -131,7 +131,10 @@ class ColumnSum(Rule):
 
 
 class LinearActDropout(Rule):
-    """y = m * f(z) and z = x W^T + b, which is empty unless kept for the derivative."""
+    """y = m * f(z) and z = x W^T + b, which is empty unless kept for the derivative.
+
+    A derivative that needs a ``z`` that was not kept computes it again.
+    """
 
     schema = (
         "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor? seed, str f,"
@@ -147,12 +150,15 @@ class LinearActDropout(Rule):
         return linear_result(x, weight), linear_result(x, weight) if keep_z else x.new_empty(0)
 
     def save(args, out):
-        x, weight, _, seed, f, params, p, _ = args
-        return x, weight, out[0] if from_output(f, params, p) else out[1], seed
+        x, weight, bias, seed, f, params, p, keep_z = args
+        if from_output(f, params, p):
+            return x, weight, None, seed, out[0]
+        return (x, weight, None, seed, out[1]) if keep_z else (x, weight, bias, seed, None)
 
     def vjp(saved, consts, needs, gy, gz):
-        (x, weight, s, seed), (f, params, p, keep_z) = saved, consts
+        (x, weight, bias, seed, s), (f, params, p, keep_z) = saved, consts
         if gy is not None:
+            s = linear(x, weight, bias) if s is None else s
             gy = activation_vjp(s, gy, seed, from_output(f, params, p) or f, params, p, 1)
         gz = _add(gy, gz if keep_z else None)
         if gz is None:
@@ -160,17 +166,21 @@ class LinearActDropout(Rule):
         return *Linear.vjp((x, weight), (), needs, gz), None
 
     def jvp(primals, out, tangents):
-        x, weight, _, seed, f, params, p, keep_z = primals
+        x, weight, bias, seed, f, params, p, keep_z = primals
         tz = _tangent(x, weight, *tangents[:3])
         form = from_output(f, params, p)
-        ty = activation_vjp(out[0] if form else out[1], tz, seed, form or f, params, p, 1)
+        s = out[0] if form else out[1] if keep_z else linear(x, weight, bias)
+        ty = activation_vjp(s, tz, seed, form or f, params, p, 1)
         return ty, tz if keep_z else None
 
     def dual(primals, tangents):
         x, weight, bias, seed, f, params, p, keep_z = primals
-        z, tz = linear_jvp(x, weight, bias, *tangents[:3])
-        y, ty = activation_jvp(z, tz, seed, f, params, p)
-        return ((y, z), (ty, tz)) if keep_z else ((y, x.new_empty(0)), (ty, None))
+        if keep_z:
+            z, tz = linear_jvp(x, weight, bias, *tangents[:3])
+            y, ty = activation_jvp(z, tz, seed, f, params, p)
+            return (y, z), (ty, tz)
+        y, ty = linear_act_dropout_jvp(x, weight, bias, *tangents[:3], seed, f, params, p)
+        return (y, x.new_empty(0)), (ty, None)
 
     @classmethod
     def vmap(cls, info, dims, *args):
@@ -178,7 +188,27 @@ class LinearActDropout(Rule):
         return (y, z), (0, 0 if args[-1] else None)
 
 
+class LinearActDropoutJvp(Rule):
+    """linear_act_dropout and its tangent, the operands read and packed once."""
+
+    schema = (
+        "linear_act_dropout_jvp(Tensor x, Tensor weight, Tensor? bias, Tensor? tx, Tensor? tweight,"
+        " Tensor? tbias, Tensor? seed, str f, float[] params, float p) -> (Tensor, Tensor)"
+    )
+
+    def kernel(x, weight, bias, tx, tweight, tbias, seed, f, params, p):
+        act = kernels.Activation(f, tuple(params))
+        return kernels.linear_act_dropout_jvp(x, weight, bias, tx, tweight, tbias, act, p, seed)
+
+    fake = LinearJvp.fake
+
+    def composite(x, weight, bias, tx, tweight, tbias, seed, f, params, p):
+        z, tz = linear_jvp(x, weight, bias, tx, tweight, tbias)
+        return activation_jvp(z, tz, seed, f, params, p)
+
+
 linear = define(Linear)
 linear_jvp = define(LinearJvp)
 column_sum = define(ColumnSum)
 linear_act_dropout = define(LinearActDropout)
+linear_act_dropout_jvp = define(LinearActDropoutJvp)

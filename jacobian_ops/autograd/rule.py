@@ -97,6 +97,16 @@ def plain(tensors) -> bool:
     return True
 
 
+def reverse_may_follow(tensors) -> bool:
+    """Whether to keep what a VJP wants: a hint, as a tensor may hide its levels."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or _C._any_requires_grad(*tensors):
+        return True
+    levels = _C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == _C._functorch.TransformType.Grad for level in levels)
+
+
 def define(rule: type[Rule]) -> Callable:
     """Register ``rule`` and return the callable that picks the way for each call."""
     name = rule.schema.split("(")[0]

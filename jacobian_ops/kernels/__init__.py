@@ -17,7 +17,14 @@ from .activation import (
     resolve,
 )
 from .dropout import dropout, dropout_add, dropout_jvp, dropout_vjp
-from .linear import column_sum, linear, linear_act_dropout, linear_jvp, linear_vjp
+from .linear import (
+    column_sum,
+    linear,
+    linear_act_dropout,
+    linear_act_dropout_jvp,
+    linear_jvp,
+    linear_vjp,
+)
 from .softmax import (
     log_softmax,
     log_softmax_jvp,
@@ -51,6 +58,7 @@ __all__ = [
     "dropout_vjp",
     "linear",
     "linear_act_dropout",
+    "linear_act_dropout_jvp",
     "linear_jvp",
     "linear_vjp",
     "log_softmax",

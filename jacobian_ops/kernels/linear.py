@@ -23,6 +23,8 @@ from ._arguments import (
 )
 from .activation import _act
 
+_IDENTITY = _act("linear_jvp", "identity", {})
+
 
 def _check(op, names, x, weight, bias):
     """Raise unless dtype, device and shapes of a linear map's three arguments fit together."""
@@ -49,22 +51,43 @@ def _check(op, names, x, weight, bias):
 
 
 def _matrix(t):
-    """``t`` with at most one batch dimension and strides that native code takes."""
+    """``t`` with at most one batch dimension and strides that native code takes; None stays."""
+    if t is None:
+        return None
     t = t.resolve_neg()
-    if t.dim() > 3:
-        t = t.reshape(-1, *t.shape[-2:])
-    return t
+    return t.reshape(-1, *t.shape[-2:]) if t.dim() > 3 else t
+
+
+def _line(t):
+    """A bias as one run of memory; None stays."""
+    return None if t is None else t.resolve_neg().contiguous()
+
+
+def _described(t, describe):
+    return None if t is None else describe(t)
+
+
+def _mask_seed(op, seed, p, x):
+    """The seeds of the matrices of ``x``, or None where nothing is dropped."""
+    if seed is None or p == 0.0:
+        return None
+    seed = seed_tensor(seed, x)
+    if seed.shape != x.shape[:-2]:
+        raise RuntimeError(
+            f"{op}: seed has shape {list(seed.shape)}; it must be {list(x.shape[:-2])}, "
+            "one for each matrix"
+        )
+    return check_seed(op, seed, x)
 
 
 def _product(op, x, weight, bias, y, accumulate):
     """``y (+)= x W^T + b`` on checked arguments; ``y`` is contiguous."""
     if y.numel():
-        x, weight = _matrix(x), _matrix(weight)
-        bias = None if bias is None else bias.resolve_neg().contiguous()
+        x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
         _backend.for_device(op, "x", x.device).linear(
             _backend.matrix(x),
             _backend.matrix(weight),
-            None if bias is None else _backend.buffer(bias),
+            _described(bias, _backend.buffer),
             _backend.matrix(_matrix(y)),
             accumulate,
             _backend.threads(),
@@ -144,26 +167,7 @@ def linear_jvp(
 
     An absent tangent is None and costs nothing; tangents have the shapes of their primals.
     """
-    op = "linear_jvp"
-    _check(op, "x weight bias", x, weight, bias)
-    for name, primal, t in (("tx", x, tx), ("tweight", weight, tweight), ("tbias", bias, tbias)):
-        if t is not None:
-            check_same(op, "x", x, name, t)
-            shape = weight.shape[:-1] if primal is None else primal.shape
-            if t.shape != shape:
-                raise RuntimeError(
-                    f"{op}: {name} has shape {list(t.shape)}; allowed: {list(shape)}, the shape of "
-                    "its primal"
-                )
-    y = _product(op, x, weight, bias, linear_result(x, weight), False)
-    ty = linear_result(x, weight)
-    if tx is not None:
-        _product(op, tx, weight, tbias, ty, False)
-    if tweight is not None:
-        _product(op, x, tweight, tbias if tx is None else None, ty, tx is not None)
-    if tx is None and tweight is None:
-        ty.zero_() if tbias is None else ty.copy_(tbias.unsqueeze(-2).expand(ty.shape))
-    return y, ty
+    return _dual("linear_jvp", x, weight, bias, tx, tweight, tbias, _IDENTITY, 0.0, None)
 
 
 @arrays_too
@@ -200,26 +204,72 @@ def linear_act_dropout(
     y = linear_result(x, weight)
     z = torch.empty_like(y) if keep_z else None
     if y.numel():
-        if seed is not None and p > 0.0:
-            seed = seed_tensor(seed, x)
-            if seed.shape != x.shape[:-2]:
-                raise RuntimeError(
-                    f"{op}: seed has shape {list(seed.shape)}; it must be {list(x.shape[:-2])}, "
-                    "one for each matrix"
-                )
-            seed = check_seed(op, seed, x)
-        else:
-            seed = None
-        x, weight = _matrix(x), _matrix(weight)
-        bias = None if bias is None else bias.resolve_neg().contiguous()
+        seed = _mask_seed(op, seed, p, x)
+        x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
         _backend.for_device(op, "x", x.device).linear_act_dropout(
             _backend.matrix(x),
             _backend.matrix(weight),
-            None if bias is None else _backend.buffer(bias),
+            _described(bias, _backend.buffer),
             _backend.matrix(_matrix(y)),
-            None if z is None else _backend.matrix(_matrix(z)),
+            _described(_matrix(z), _backend.matrix),
             act,
             _backend.mask(seed, p),
             _backend.threads(),
         )
     return y, z
+
+
+@arrays_too
+def linear_act_dropout_jvp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    tx: Tensor | None = None,
+    tweight: Tensor | None = None,
+    tbias: Tensor | None = None,
+    name="gelu",
+    p: float = 0.0,
+    seed=None,
+    **params,
+) -> tuple[Tensor, Tensor]:
+    """:func:`linear_act_dropout` and its tangent, each operand read and packed once.
+
+    ``ty = m * f'(z) * tz`` with ``tz`` of :func:`linear_jvp`; an absent tangent is None.
+    """
+    op = "linear_act_dropout_jvp"
+    check_p(op, p)
+    act = _act(op, name, params)
+    return _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed)
+
+
+def _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed):
+    _check(op, "x weight bias", x, weight, bias)
+    for name, primal, t in (("tx", x, tx), ("tweight", weight, tweight), ("tbias", bias, tbias)):
+        if t is not None:
+            check_same(op, "x", x, name, t)
+            shape = weight.shape[:-1] if primal is None else primal.shape
+            if t.shape != shape:
+                raise RuntimeError(
+                    f"{op}: {name} has shape {list(t.shape)}; allowed: {list(shape)}, the shape of "
+                    "its primal"
+                )
+    y, ty = linear_result(x, weight), linear_result(x, weight)
+    if y.numel():
+        seed = _mask_seed(op, seed, p, x)
+        x, weight, tx, tweight = map(_matrix, (x, weight, tx, tweight))
+        bias, tbias = _line(bias), _line(tbias)
+        _backend.for_device(op, "x", x.device).linear_act_dropout_jvp(
+            _backend.matrix(x),
+            _backend.matrix(weight),
+            _described(bias, _backend.buffer),
+            _described(tx, _backend.matrix),
+            _described(tweight, _backend.matrix),
+            _described(tbias, _backend.buffer),
+            _backend.matrix(_matrix(y)),
+            _backend.matrix(_matrix(ty)),
+            None,
+            act,
+            _backend.mask(seed, p),
+            _backend.threads(),
+        )
+    return y, ty
