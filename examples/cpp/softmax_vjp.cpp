@@ -1,4 +1,5 @@
-// Softmax and its VJP from C++, without Python: y = softmax(x), gx = y * (gy - <y, gy>) for each row.
+// Softmax and its VJP from C++, without Python: for each row y = softmax(x) and
+// gx = y * (gy - <y, gy>).
 #include <cstdio>
 #include <vector>
 
