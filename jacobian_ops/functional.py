@@ -75,14 +75,11 @@ def _ours(op: str, input: Tensor) -> bool:
         raise TypeError(
             f"{op}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}"
         )
-    if input.dtype in _backend.DTYPES and input.is_cpu and input.layout is torch.strided:
-        return True
-    if input.dtype in _backend.DTYPES and input.layout is torch.strided:
-        if input.is_meta:
-            return True
+    if input.dtype not in _backend.DTYPES or input.layout is not torch.strided or input.is_nested:
+        return False
+    if not (input.is_cpu or input.is_meta):
         _backend.for_device(op, "input", input.device)
-        return True
-    return False
+    return True
 
 
 def _native(op: str, native, input: Tensor, *args, **kwargs):
@@ -448,7 +445,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
-    if not _ours("linear", input):
+    if not _ours("linear", input) or weight.layout is not torch.strided:
         return _native("linear", F.linear, input, weight, bias)
     if weight.dim() == 1:
         y = linear(input, weight.unsqueeze(0), None if bias is None else bias.reshape(1))

@@ -1,12 +1,14 @@
 """What opaque kernels get wrong in silence, autocast, subclasses and modes."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, jvp, stack_module_state, vmap
 
+import jacobian_ops
 import jacobian_ops.functional as J
 import jacobian_ops.nn as jnn
 
@@ -231,3 +233,33 @@ def test_native_below(monkeypatch):
     with torch.autograd.forward_ad.dual_level():  # the native op raises here
         z = torch.autograd.forward_ad.make_dual(small, torch.ones(9))
         torch.autograd.forward_ad.unpack_dual(J.silu(z)).tangent.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_jit_trace_records_the_ops(grad):
+    """A trace follows the dispatcher: a kernel called past it would leave uninitialised memory."""
+    model = jacobian_ops.replace(
+        torch.nn.Sequential(
+            *(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 32), torch.nn.ReLU()),
+            torch.nn.Softmax(-1),
+        )
+    )
+    x = torch.randn(5, 8)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        traced = torch.jit.trace(model, torch.randn(5, 8))
+        torch.testing.assert_close(traced(x), model(x))
+
+
+def test_nested_and_sparse_tensors_go_to_the_native_op():
+    rows = [torch.randn(n, 4) for n in (2, 3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested and CSR tensors are prototypes
+        nested, w = torch.nested.nested_tensor(rows), torch.randn(5, 4)
+        for y, x in zip(J.gelu(nested).unbind(), rows, strict=True):
+            torch.testing.assert_close(y, F.gelu(x))
+        for y, x in zip(J.softmax(nested, -1).unbind(), rows, strict=True):
+            torch.testing.assert_close(y, F.softmax(x, -1))
+        for y, x in zip(J.linear(nested, w).unbind(), rows, strict=True):
+            torch.testing.assert_close(y, F.linear(x, w))
+        torch.testing.assert_close(J.linear(rows[0], w.to_sparse_csr()), F.linear(rows[0], w))

@@ -85,6 +85,7 @@ def plain(tensors) -> bool:
         or _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
         or forward_ad._current_level >= 0
+        or _C._get_tracing_state() is not None  # torch.jit.trace sees dispatcher ops only
     ):
         return False
     for t in tensors:
