@@ -57,6 +57,8 @@ __all__ = [
 # Plain calls on fewer elements than this go to the native op, whose shorter way through C++ then
 # counts for more than the kernel.  0: never.
 NATIVE_BELOW = int(os.environ.get("JACOBIAN_OPS_NATIVE_BELOW", "4096"))
+# Native ops that may not stand in for ours: this one has no second derivative.
+_NEVER_NATIVE = ("hardsigmoid",)
 
 
 def _tiny(*tensors: Tensor) -> bool:
@@ -100,7 +102,7 @@ def _pointwise(public, native, input, inplace=False, **params):
         return handle_torch_function(public, (input,), input, **_given(inplace=inplace), **params)
     if not _ours(op, input):
         return _native(op, native, input, **_given(inplace=inplace), **params)
-    if _tiny(input):
+    if op not in _NEVER_NATIVE and _tiny(input):
         return native(input, inplace=True, **params) if inplace else native(input, **params)
     f = resolve(op, op, **params)
     args = (None, f.function, f.params, 0.0)

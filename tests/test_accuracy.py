@@ -73,7 +73,7 @@ def test_grid(case, dtype):
         assert (got.double() - want).abs().max() <= allowed
 
 
-def test_gelu_keeps_its_negative_tail():
+def test_gelu_keeps_its_negative_tail(ours):
     """x (1 + erf) / 2 cancels to nothing there."""
     x = torch.linspace(-10, -2, 200)
     exact = 0.5 * x.double() * torch.erfc(-x.double() / 2**0.5)

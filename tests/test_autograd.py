@@ -184,7 +184,7 @@ def test_meta_tensors():
     assert ty.is_meta
 
 
-def test_fake_tensors_have_the_real_strides():
+def test_fake_tensors_have_the_real_strides(ours):
     from torch._subclasses import FakeTensorMode
 
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)

@@ -65,7 +65,7 @@ def test_third_order_forward(case):
 
 
 @pytest.mark.parametrize("name", ["gelu", "tanh", "elu", "softplus"])
-def test_fourth_order_raises(name):
+def test_fourth_order_raises(ours, name):
     x = torch.randn(4, dtype=torch.float64, requires_grad=True)
     y = getattr(J, name)(x).sum()
     with pytest.raises(RuntimeError, match="available up to order 3"):

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 
 import jacobian_ops.functional as J
 from jacobian_ops import kernels
@@ -43,7 +43,7 @@ def test_strided_inputs_and_cotangents(case):
 
 
 @pytest.mark.parametrize("case", POINTWISE, ids=str)
-def test_pointwise_keeps_the_layout(case):
+def test_pointwise_keeps_the_layout(ours, case):
     x = torch.randn(2, 3, 4, 5)
     for z in (x, x.contiguous(memory_format=torch.channels_last), x.permute(3, 0, 2, 1)):
         assert case.ours(z).stride() == z.stride()
@@ -132,8 +132,9 @@ def test_softmax_of_anything(x, data):
     close(ty, y * (t - (y * t).sum(dim, True)))
 
 
-@given(strided(), st.sampled_from([c for c in POINTWISE if "-" not in c.name]))
-def test_activation_of_anything(x, case):
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(x=strided(), case=st.sampled_from([c for c in POINTWISE if "-" not in c.name]))
+def test_activation_of_anything(ours, x, case):
     y = case.ours(x)
     close(y, case.primitive(x))
     assert y.stride() == torch.empty_like(x).stride()

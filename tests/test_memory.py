@@ -23,9 +23,7 @@ def saved(f, *args):
     return sum(kept.values()), kept, y
 
 
-@pytest.fixture(autouse=True)
-def _ours(monkeypatch):
-    monkeypatch.setattr(J, "NATIVE_BELOW", 0)
+pytestmark = pytest.mark.usefixtures("ours")
 
 
 @pytest.mark.parametrize("case", POINTWISE + SOFTMAX, ids=str)

@@ -100,7 +100,7 @@ def plain(tensors) -> bool:
 
 def reverse_may_follow(tensors) -> bool:
     """Whether to keep what a VJP wants: a hint, as a tensor may hide its levels."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _C._get_tracing_state() is not None:
         return False
     if torch.compiler.is_compiling() or _C._any_requires_grad(*tensors):
         return True
