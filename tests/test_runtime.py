@@ -141,7 +141,11 @@ KEEP = "gradcheck or gradgradcheck or accuracy or generator or mask_does or anyt
 
 @pytest.mark.parametrize("isa", _cpu.available_isas())
 def test_every_instruction_set(isa):
-    print(python(SMOKE.format(isa=isa, keep=KEEP), JACOBIAN_OPS_ISA=isa, JACOBIAN_OPS_NATIVE_BELOW="0"))
+    print(
+        python(
+            SMOKE.format(isa=isa, keep=KEEP), JACOBIAN_OPS_ISA=isa, JACOBIAN_OPS_NATIVE_BELOW="0"
+        )
+    )
 
 
 def test_unknown_instruction_set():
