@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "core.h"
+#include "memory.h"
 
 namespace py = pybind11;
 
@@ -140,6 +141,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     return k.fma_peak(static_cast<jops::Dtype>(dtype), exec);
   });
   def("copy_bandwidth", k.copy_bandwidth);
+
+  m.def("retain_host_memory", jops::retain_host_memory);
+  m.def("release_host_memory", jops::release_host_memory);
 
   m.attr("version") = JOPS_VERSION;
   m.def("isa", jops::isa);

@@ -9,6 +9,7 @@ import torch  # noqa: F401  first: the native module shares the OpenMP runtime t
 
 from . import functional, kernels, nn
 from .info import __version__, build_info
+from .memory import release_host_memory, retain_host_memory
 from .replace import replace, restore
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "functional",
     "kernels",
     "nn",
+    "release_host_memory",
     "replace",
     "restore",
+    "retain_host_memory",
 ]

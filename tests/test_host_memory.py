@@ -1,0 +1,87 @@
+"""retain_host_memory: counted in page faults and resident pages, which no other load disturbs."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import jacobian_ops
+
+PROGRAM = """
+    import resource
+    import torch
+    import jacobian_ops
+
+    SIZE = 64 << 20
+    PAGE = resource.getpagesize()
+
+    def faults(n=5):
+        '''Page faults of n tensors, one after the other, none of them the first of its size.'''
+        torch.ones(SIZE, dtype=torch.int8)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(n):
+            torch.ones(SIZE, dtype=torch.int8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def resident():
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * PAGE
+"""
+
+
+def run(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM) + textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_off_unless_asked():
+    run("assert faults() >= 5 * 16")  # 2 MiB pages at most: 32 faults a tensor
+
+
+def test_retained_memory_is_not_faulted_in_again():
+    run("""
+        changed = jacobian_ops.retain_host_memory()
+        assert changed["M_MMAP_MAX"] == 0, changed
+        assert faults() < 16
+    """)
+
+
+def test_variable():
+    run("assert faults() < 16", JACOBIAN_OPS_RETAIN_HOST_MEMORY="1")
+    run("assert faults() >= 5 * 16", JACOBIAN_OPS_RETAIN_HOST_MEMORY="0")
+
+
+def test_release_gives_back():
+    run("""
+        jacobian_ops.retain_host_memory()
+        torch.ones(4 * SIZE, dtype=torch.int8)
+        kept = resident()
+        changed = jacobian_ops.release_host_memory()
+        assert changed["M_MMAP_MAX"] > 0, changed
+        assert kept - resident() > 3 * SIZE
+        assert faults() >= 5 * 16
+    """)
+
+
+def test_bad_variable():
+    done = subprocess.run(
+        [sys.executable, "-c", "import jacobian_ops"],
+        env={**os.environ, "JACOBIAN_OPS_RETAIN_HOST_MEMORY": "yes"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and "JACOBIAN_OPS_RETAIN_HOST_MEMORY: allowed 0 or 1" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["retain_host_memory", "release_host_memory"])
+def test_is_public(name):
+    assert name in jacobian_ops.__all__
