@@ -11,6 +11,13 @@
 #include "checked.h"
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+
 namespace jops {
 
 #define JOPS_DECLARE(name) \
@@ -22,6 +29,19 @@ JOPS_FOR_EACH_ISA(JOPS_DECLARE)
 
 namespace {
 
+// AMX in bfloat16: the processor has it, and the system lets this process use its registers.
+bool grants_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // of EDX
+  constexpr long kRequest = 0x1023, kTileData = 18;       // ARCH_REQ_XCOMP_PERM
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kBf16) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool runs(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -32,7 +52,9 @@ bool runs(const char* name) {
                       __builtin_cpu_supports("avx512vl");
   if (!std::strcmp(name, "avx2")) return avx2;
   if (!std::strcmp(name, "avx512")) return avx512;
-  if (!std::strcmp(name, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!std::strcmp(name, "avx512bf16")) return bf16;
+  if (!std::strcmp(name, "amx")) return bf16 && grants_amx();
 #endif
   (void)name;
   return true;

@@ -3,7 +3,7 @@
 #pragma once
 
 #if defined(__x86_64__)
-#define JOPS_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512bf16)
+#define JOPS_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512bf16) X(amx)
 #elif defined(__aarch64__)
 #define JOPS_FOR_EACH_ISA(X) X(neon)
 #else

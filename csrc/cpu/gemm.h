@@ -2,9 +2,9 @@
 //
 // A tile is kRows x kCols outputs held in registers while k runs over a block of the inner
 // dimension: one broadcast from the panel of x and kVectors loads from the panel of w give kRows *
-// kVectors products. A panel holds `steps` groups: kRows (kCols) numbers of x (w) that share an
-// index k; a group of bfloat16 pairs holds two successive k. Rows and columns past the end are
-// zeros, so that every tile is whole.
+// kVectors products. A panel holds `steps` groups: kRows (kCols) packed numbers of x (w) that share
+// an index k; a packed number holds kStep successive k. Rows and columns past the end are zeros, so
+// that every tile is whole. On AMX the tile registers hold 2 x 2 squares of a tile.
 #pragma once
 
 #include "blocks.h"
@@ -23,12 +23,19 @@ constexpr int kTileRows = 6, kTileVectors = 2;  // of 16 registers
 constexpr int kTileRows = 4, kTileVectors = 2;  // of 16 registers, no fused multiply-add
 #endif
 
+// The operands of a product: lines of x are rows of a tile, lines of w are its columns.
+enum class Operand { kX, kW };
+template <class P, Operand kOperand>
+constexpr int kWidth = kOperand == Operand::kX ? P::kRows : P::kCols;
+
 // How inner products are taken: float and double by fused multiply-add.
 template <class A>
 struct Fma {
   using Compute = A;
   using Packed = A;
-  static constexpr int kStep = 1;  // successive k in one packed number
+  struct Session {};                           // held by a thread while it takes products
+  static constexpr int kStep = 1;              // successive k in one packed number
+  static constexpr std::int64_t kPass = 1024;  // k that a block is packed for at once
   static constexpr int kRows = kTileRows, kCols = kTileVectors * Vec<A>::kLanes;
 
   static JOPS_HD Vec<A> broadcast(const Packed* p) { return Vec<A>(*p); }
@@ -70,7 +77,9 @@ struct Fma {
 struct Bf16Pairs {
   using Compute = float;
   using Packed = std::uint32_t;
+  struct Session {};
   static constexpr int kStep = 2;
+  static constexpr std::int64_t kPass = 1024;
   static constexpr int kRows = kTileRows, kCols = kTileVectors * Vec<float>::kLanes;
 
   static JOPS_HD __m512i broadcast(const Packed* p) {
@@ -106,14 +115,69 @@ struct Bf16Pairs {
 };
 #endif
 
+#if defined(__AMX_BF16__)
+// bfloat16 in tile registers of 16 rows by 64 bytes: squares of 16 lines by 16 pairs. Those of x
+// have a line in a row, those of w a pair of successive k.
+struct Bf16Squares {
+  using Compute = float;
+  struct Packed {
+    std::uint32_t pairs[16];
+  };
+  static constexpr int kStep = 32, kSquare = 16;
+  static constexpr std::int64_t kPass = 4096;  // sums of a pass cost more beside faster products
+  static constexpr int kRows = 2 * kSquare, kCols = 2 * kSquare;
+
+  // Shapes of the tile registers, all whole squares. Others may set their own before and after.
+  struct Session {
+    Session() {
+      struct alignas(64) {
+        std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        std::uint16_t row_bytes[16] = {};
+        std::uint8_t rows[16] = {};
+      } shapes;
+      for (int i = 0; i < 8; ++i) {
+        shapes.row_bytes[i] = 64;
+        shapes.rows[i] = kSquare;
+      }
+      _tile_loadconfig(&shapes);
+    }
+    ~Session() { _tile_release(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+  };
+
+  // Pair number `pair` of n adjacent lines; `second` if its second k is there.
+  static JOPS_HD __m512i across(const Bf16* p, std::int64_t stride, bool second, int n) {
+    const auto mask = static_cast<__mmask16>((1u << n) - 1);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+    if (!second) return low;
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p + stride));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+};
+#endif
+
 template <class T>
 struct ProductOf {
   using type = Fma<Compute<T>>;
 };
+// Where w is read in place, by few rows of x.
+template <class T>
+struct DotOf {
+  using type = Fma<Compute<T>>;
+};
 #if defined(__AVX512BF16__)
 template <>
-struct ProductOf<Bf16> {
+struct DotOf<Bf16> {
   using type = Bf16Pairs;
+};
+template <>
+struct ProductOf<Bf16> {
+#if defined(__AMX_BF16__)
+  using type = Bf16Squares;
+#else
+  using type = Bf16Pairs;
+#endif
 };
 #endif
 
@@ -187,6 +251,40 @@ __attribute__((noinline)) void tile_product(const typename P::Packed* x,
   }
 }
 
+#if defined(__AMX_BF16__)
+template <>
+inline void tile_product<Bf16Squares>(const Bf16Squares::Packed* x, const Bf16Squares::Packed* w,
+                                      std::int64_t steps, bool accumulate, float* tile) {
+  constexpr int kSquare = Bf16Squares::kSquare, kPitch = Bf16Squares::kCols * sizeof(float);
+  float* below = tile + kSquare * Bf16Squares::kCols;
+  if (accumulate) {
+    _tile_loadd(0, tile, kPitch);
+    _tile_loadd(1, tile + kSquare, kPitch);
+    _tile_loadd(2, below, kPitch);
+    _tile_loadd(3, below + kSquare, kPitch);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (std::int64_t k = 0; k < steps; ++k, x += Bf16Squares::kRows, w += Bf16Squares::kCols) {
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, w, 64);
+    _tile_loadd(7, w + kSquare, 64);
+    _tile_loadd(5, x + kSquare, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, tile, kPitch);
+  _tile_stored(1, tile + kSquare, kPitch);
+  _tile_stored(2, below, kPitch);
+  _tile_stored(3, below + kSquare, kPitch);
+}
+#endif
+
 // Inner products of few rows with columns that are read in place, a register tile of them at a
 // time.
 #if defined(__AVX512F__)
@@ -254,11 +352,11 @@ void dot_block(const T* a, std::int64_t a_stride, int rows, const T* b, std::int
   }
 }
 
-// One panel: `count` of kWidth lines (rows of x or of w), `depth` numbers each, from strided
-// storage.
-template <class P, int kWidth, class T>
-void pack_panel(const T* from, std::int64_t line_stride, std::int64_t depth_stride, int count,
+// One panel: `count` lines of an operand, `depth` numbers each, from strided storage.
+template <Operand kOperand, class P, class T>
+void pack_panel(P, const T* from, std::int64_t line_stride, std::int64_t depth_stride, int count,
                 std::int64_t depth, typename P::Packed* to) {
+  constexpr int kWidth = jops::JOPS_ISA::kWidth<P, kOperand>;
   using Packed = typename P::Packed;
   using V = Vec<typename P::Compute>;
   static_assert(sizeof(Packed) == sizeof(typename P::Compute));
@@ -306,5 +404,37 @@ void pack_panel(const T* from, std::int64_t line_stride, std::int64_t depth_stri
     }
   }
 }
+
+#if defined(__AMX_BF16__)
+template <Operand kOperand>
+void pack_panel(Bf16Squares, const Bf16* from, std::int64_t line_stride, std::int64_t depth_stride,
+                int count, std::int64_t depth, Bf16Squares::Packed* to) {
+  using V = Vec<float>;
+  constexpr int kSquare = Bf16Squares::kSquare, kStep = Bf16Squares::kStep;
+  const bool adjacent = line_stride == 1 && depth_stride != 1;
+  for (std::int64_t k = 0; k < depth; k += kStep) {
+    const std::int64_t left = depth - k;
+    for (int line = 0; line < kWidth<Bf16Squares, kOperand>; line += kSquare, to += kSquare) {
+      const int lines = count - line < kSquare ? count - line : kSquare;
+      const Bf16* corner = from + line * line_stride + k * depth_stride;
+      V::Native square[kSquare];
+#pragma GCC unroll 16
+      for (int i = 0; i < kSquare; ++i) {
+        const int pair = 2 * i;
+        square[i] = V::Native{};
+        if (adjacent && lines > 0 && pair < left) {  // row i is pair i of the lines
+          square[i] = reinterpret_cast<V::Native>(Bf16Squares::across(
+              corner + pair * depth_stride, depth_stride, pair + 1 < left, lines));
+        } else if (!adjacent && i < lines) {  // row i is line i
+          square[i] = Bf16Pairs::along(corner + i * line_stride, depth_stride, left).v;
+        }
+      }
+      if (adjacent == (kOperand == Operand::kX)) transpose<V>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kSquare; ++i) store(reinterpret_cast<float*>(to + i), V(square[i]));
+    }
+  }
+}
+#endif
 
 }  // namespace jops::JOPS_ISA

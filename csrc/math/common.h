@@ -9,7 +9,7 @@
 #include <limits>
 #include <type_traits>
 
-#ifndef JOPS_ISA  // set by the build: baseline, avx2, avx512, avx512bf16, neon
+#ifndef JOPS_ISA  // set by the build: baseline, avx2, avx512, avx512bf16, amx, neon
 #define JOPS_ISA baseline
 #endif
 
