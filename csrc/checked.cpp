@@ -100,6 +100,15 @@ class Check {
   void matrix(const char* name, const Matrix& m) const {
     dtype(name, m.dtype);
     if (m.batch < 0 || m.rows < 0 || m.cols < 0) fail(name, "extents of at least 0", "less");
+    // Strides of 0 make any number of elements out of one: sizes computed from these must not
+    // overflow, and those of an empty matrix are used as well.
+    constexpr std::int64_t kMost = std::int64_t{1} << 48;
+    std::int64_t count = 1;
+    for (const std::int64_t n : {m.batch, m.rows, m.cols}) {
+      if (__builtin_mul_overflow(count, n > 0 ? n : 1, &count) || count > kMost) {
+        fail(name, "at most 2^48 elements", "more");
+      }
+    }
     if (m.batch_stride < 0 || m.row_stride < 0 || m.col_stride < 0) {
       fail(name, "strides of at least 0", "less");
     }

@@ -12,8 +12,8 @@ namespace jops {
 #if defined(__GLIBC__)
 namespace {
 
-// Another allocator may stand before glibc's (jemalloc, tcmalloc, a sanitizer's): mallopt would then
-// succeed and do nothing.
+// Another allocator may stand before glibc's (jemalloc, tcmalloc, a sanitizer's): mallopt would
+// then succeed and do nothing.
 bool glibc_allocates() {
   Dl_info allocator{}, library{};
   return dladdr(reinterpret_cast<void*>(&std::malloc), &allocator) != 0 &&

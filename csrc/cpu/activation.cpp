@@ -13,7 +13,7 @@ namespace {
 // The products: inputs in[] (in[0] is x) and outputs out[], given the jet at x.
 struct Value {
   static constexpr int kIn = 1, kOut = 1;
-  template <class V>
+  template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V*, V* out) {
     out[0] = j.f;
   }
@@ -27,39 +27,39 @@ JOPS_HD V derivative(const Jet<V>& j) {
 template <int kOrder>
 struct Vjp {  // x, gy -> gx
   static constexpr int kIn = 2, kOut = 1;
-  template <class V>
+  template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
-    out[0] = derivative<kOrder>(j) * in[1];
+    out[0] = times<F>(derivative<kOrder>(j), in[1]);
   }
 };
 
 struct Jvp {  // x, tx -> y, ty
   static constexpr int kIn = 2, kOut = 2;
-  template <class V>
+  template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
     out[0] = j.f;
-    out[1] = j.d1 * in[1];
+    out[1] = times<F>(j.d1, in[1]);
   }
 };
 
 template <int kOrder>
 struct VjpVjp {  // x, gy, h -> hx, hgy
   static constexpr int kIn = 3, kOut = 2;
-  template <class V>
+  template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
-    out[0] = derivative<kOrder + 1>(j) * in[1] * in[2];
-    out[1] = derivative<kOrder>(j) * in[2];
+    out[0] = times<F>(derivative<kOrder + 1>(j), in[1] * in[2]);
+    out[1] = times<F>(derivative<kOrder>(j), in[2]);
   }
 };
 
 template <int kOrder, bool kTgy>
 struct VjpJvp {  // x, gy, tx[, tgy] -> gx, tgx
   static constexpr int kIn = kTgy ? 4 : 3, kOut = 2;
-  template <class V>
+  template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
-    out[0] = derivative<kOrder>(j) * in[1];
-    out[1] = derivative<kOrder + 1>(j) * in[1] * in[2];
-    if constexpr (kTgy) out[1] = fma(derivative<kOrder>(j), in[3], out[1]);
+    out[0] = times<F>(derivative<kOrder>(j), in[1]);
+    out[1] = times<F>(derivative<kOrder + 1>(j), in[1] * in[2]);
+    if constexpr (kTgy) out[1] += times<F>(derivative<kOrder>(j), in[3]);
   }
 };
 
@@ -74,7 +74,7 @@ struct Element {
   V in[Op::kIn], out[Op::kOut];
 
   JOPS_HD void apply(const Params<V>& params) {
-    Op::apply(F::template jet<V>(in[0], params), in, out);
+    Op::template apply<F>(F::template jet<V>(in[0], params), in, out);
   }
 };
 
@@ -223,8 +223,9 @@ void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op:
 }
 
 template <class Op>
-void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
+void launch(const Act& given, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
             const Mask& mask, const Exec& exec) {
+  const Act act = stored(given, in[0].dtype);
   if (in[0].dtype == Dtype::kFloat64)
     launch<Op, double>(act, in, out, mask, exec);
   else

@@ -19,6 +19,21 @@ void register_softmax(Kernels& table);
 void register_linear(Kernels& table);
 void register_probe(Kernels& table);
 
+// Calls f(T()) with the storage type of a dtype.
+template <class F>
+JOPS_HD void with_storage(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(float());
+    case Dtype::kFloat64:
+      return f(double());
+    case Dtype::kBfloat16:
+      return f(Bf16());
+    case Dtype::kFloat16:
+      return f(F16());
+  }
+}
+
 // Block primitives work on a few KiB that stay in L1: compute type A (float or double), unit
 // stride.
 constexpr int kBlock = 1024;  // elements of a staging block: 4 or 8 KiB
@@ -45,6 +60,21 @@ void dropout_block(const Mask& mask, std::int64_t sample, std::int64_t first, A*
 template <class A>
 void dropout_range(const Mask& mask, std::int64_t size, std::int64_t first, A* m, std::int64_t n);
 
+// The activation as tensors of `dtype` see it: bounds are numbers of that type, as in torch, so
+// that what hardtanh has put to a bound compares equal to it.
+inline Act stored(Act act, Dtype dtype) {
+  if (act.code != Activation::kHardtanh) return act;
+  with_storage(dtype, [&](auto storage) {
+    using T = decltype(storage);
+    Compute<T> bounds[] = {static_cast<Compute<T>>(act.a), static_cast<Compute<T>>(act.b)};
+    T narrow[2];
+    store_n(narrow, load_n(bounds, 2), 2);
+    act.a = load_n(narrow, 1)[0];
+    act.b = load_n(narrow + 1, 1)[0];
+  });
+  return act;
+}
+
 // Conversion between storage (element index `first` of `data`) and a block; one rounding at the
 // store.
 template <class A>
@@ -64,21 +94,6 @@ void stream_copy(void* to, const void* from, std::int64_t bytes);
 // thread count), and body must not throw.
 template <class Body>
 inline void parallel(std::int64_t tasks, int threads, const Body& body);
-
-// Calls f(T()) with the storage type of a dtype.
-template <class F>
-JOPS_HD void with_storage(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(float());
-    case Dtype::kFloat64:
-      return f(double());
-    case Dtype::kBfloat16:
-      return f(Bf16());
-    case Dtype::kFloat16:
-      return f(F16());
-  }
-}
 
 }  // namespace jops::JOPS_ISA
 

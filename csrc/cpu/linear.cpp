@@ -3,9 +3,11 @@
 //
 // Of x and w the operand with fewer lines is packed into panels (gemm.h) ahead, for all threads.
 // The other one is packed by the thread that needs it, a block at a time that stays in its L2. The
-// inner dimension runs in order through pieces of fixed depth, in float or double, so the bits
-// depend neither on the number of threads nor on the blocks. A tile is finished while it is in L1:
-// bias, activation and mask cost no pass over memory, and 16-bit results are rounded once.
+// inner dimension runs in order through pieces and passes of fixed depth, in float or double, so
+// the bits depend neither on the number of threads nor on the blocks; the sums of passes are added
+// with compensation, so that rounding does not grow with their number. A tile is finished while it
+// is in L1: bias, activation and mask cost no pass over memory, and 16-bit results are rounded
+// once.
 #include <new>
 
 #include "gemm.h"
@@ -14,11 +16,11 @@ namespace jops::JOPS_ISA {
 namespace {
 
 constexpr std::int64_t kPiece = 256;  // k of one visit to a tile: a panel of w stays in L1
-constexpr std::int64_t kPass = 1024;  // k that a block is packed for at once
 constexpr std::int64_t kBlockBytes = 384 << 10;  // of a packed block
 constexpr std::int64_t kSumsBytes = 512 << 10;   // of sums that wait for the next pass
 constexpr std::int64_t kAheadBytes = 16 << 20;   // packed ahead at once
 constexpr int kGroup = 8;                        // tiles that share a piece of w in L1
+constexpr std::int64_t kDotDepth = 4096;         // k of one visit where w is read in place
 
 template <class N>
 N up(N a, N b) {
@@ -151,49 +153,50 @@ struct Panels {
 };
 
 // Panels [begin, end) of a matrix whose lines are rows, for `depth` columns from `first` on.
-template <class P, int kWidth, class T>
+template <class P, Operand kOperand, class T>
 void pack(const Matrix& a, std::int64_t batch, std::int64_t begin, std::int64_t end,
           std::int64_t first, std::int64_t depth, typename P::Packed* to) {
+  constexpr int kWidth = jops::JOPS_ISA::kWidth<P, kOperand>;
   const T* from = static_cast<const T*>(a.data) + batch * a.batch_stride + first * a.col_stride;
   const std::int64_t stride = up<std::int64_t>(depth, P::kStep) * kWidth;
   for (std::int64_t panel = begin; panel < end; ++panel) {
     const std::int64_t line = panel * kWidth;
-    pack_panel<P, kWidth>(from + line * a.row_stride, a.row_stride, a.col_stride,
-                          static_cast<int>(least<std::int64_t>(a.rows - line, kWidth)), depth,
-                          to + (panel - begin) * stride);
+    pack_panel<kOperand>(P(), from + line * a.row_stride, a.row_stride, a.col_stride,
+                         static_cast<int>(least<std::int64_t>(a.rows - line, kWidth)), depth,
+                         to + (panel - begin) * stride);
   }
 }
 
-// One operand, in panels kWidth lines wide.
-template <class P, int kWidth, class T>
+// One operand, in panels.
+template <class P, Operand kOperand, class T>
 struct Side {
   const Matrix& value;
   const Matrix& tangent;
   std::int64_t batch;
 
-  static constexpr int width = kWidth;
-  std::int64_t panels() const { return up<std::int64_t>(value.rows, kWidth); }
+  static constexpr int width = kWidth<P, kOperand>;
+  std::int64_t panels() const { return up<std::int64_t>(value.rows, width); }
   int parts() const { return tangent.given() ? 2 : 1; }
 
   // Both parts for panels [begin, end), in a buffer that holds `room` panels of each.
   void pack_into(typename P::Packed* to, std::int64_t room, std::int64_t begin, std::int64_t end,
                  std::int64_t at, std::int64_t first, std::int64_t depth) const {
-    const std::int64_t stride = up<std::int64_t>(depth, P::kStep) * kWidth;
-    pack<P, kWidth, T>(value, batch, begin, end, first, depth, to + at * stride);
+    const std::int64_t stride = up<std::int64_t>(depth, P::kStep) * width;
+    pack<P, kOperand, T>(value, batch, begin, end, first, depth, to + at * stride);
     if (tangent.given()) {
-      pack<P, kWidth, T>(tangent, batch, begin, end, first, depth, to + (room + at) * stride);
+      pack<P, kOperand, T>(tangent, batch, begin, end, first, depth, to + (room + at) * stride);
     }
   }
   Panels<P> view(const typename P::Packed* data, std::int64_t room, std::int64_t depth) const {
-    const std::int64_t stride = up<std::int64_t>(depth, P::kStep) * kWidth;
+    const std::int64_t stride = up<std::int64_t>(depth, P::kStep) * width;
     return {data, tangent.given() ? data + room * stride : nullptr, stride};
   }
 };
 
-// Up to kGroup tiles above each other (+)= their panels of x times one panel of w.
+// Up to kGroup tiles above each other = their panels of x times one panel of w.
 template <class P>
 void group_product(const Panels<P>& x, int tiles, const Panels<P>& w, std::int64_t steps,
-                   bool accumulate, typename P::Compute* sums, typename P::Compute* tangents) {
+                   typename P::Compute* sums, typename P::Compute* tangents) {
   constexpr std::int64_t kTile = P::kRows * P::kCols, kSteps = kPiece / P::kStep;
   std::int64_t first = 0;
   do {  // once even without any k: the sums are then zeros
@@ -201,7 +204,7 @@ void group_product(const Panels<P>& x, int tiles, const Panels<P>& w, std::int64
     const auto* b = w.value + first * P::kCols;
     for (int i = 0; i < tiles; ++i) {
       const std::int64_t at = i * x.stride + first * P::kRows;
-      const bool add = accumulate || first > 0;
+      const bool add = first > 0;
       tile_product<P>(x.value + at, b, n, add, sums + i * kTile);
       if (!tangents) continue;
       if (x.tangent) {
@@ -218,6 +221,16 @@ void group_product(const Panels<P>& x, int tiles, const Panels<P>& w, std::int64
   } while (first < steps);
 }
 
+template <class A>
+void add_compensated(const A* more, A* total, A* lost, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += Vec<A>::kLanes) {
+    Vec<A> sum = load(total + i), rest = load(lost + i);
+    add_compensated(load(more + i), sum, rest);
+    store(total + i, sum);
+    store(lost + i, rest);
+  }
+}
+
 // kAheadX: x is the operand that is packed ahead.
 template <class T, bool kAheadX>
 void packed_product(const Operands& o, std::int64_t batch, int threads, const Epilogue<T>& finish) {
@@ -225,8 +238,8 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
   using Packed = typename P::Packed;
   using A = typename P::Compute;
   constexpr std::int64_t kTile = P::kRows * P::kCols;
-  using X = Side<P, P::kRows, T>;
-  using W = Side<P, P::kCols, T>;
+  using X = Side<P, Operand::kX, T>;
+  using W = Side<P, Operand::kW, T>;
   const X x{o.x, o.tx, batch};
   const W w{o.w, o.tw, batch};
   const auto& ahead = [&]() -> const auto& {
@@ -242,7 +255,7 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
       return x;
   }();
   const std::int64_t M = o.x.rows, N = o.w.rows, K = o.x.cols;
-  const std::int64_t passes = most<std::int64_t>(up(K, kPass), 1);
+  const std::int64_t passes = most<std::int64_t>(up(K, P::kPass), 1);
   const std::int64_t pass = up(up(K, passes), kPiece) * kPiece;
   const std::int64_t deep = least(K, pass);  // of a packed block
   const int layers = finish.dual ? 2 : 1;
@@ -266,7 +279,7 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
       passes == 1
           ? ahead_room
           : most<std::int64_t>(
-                1, kSumsBytes / (room * kTile * layers * static_cast<std::int64_t>(sizeof(A))));
+                1, kSumsBytes / (room * kTile * layers * 2 * static_cast<std::int64_t>(sizeof(A))));
 
   const std::int64_t ahead_steps = up<std::int64_t>(K, P::kStep);
   Aligned<Packed> ahead_data(ahead_room * ahead.parts() * ahead_steps * ahead.width);
@@ -284,12 +297,16 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
       const std::int64_t p0 = outer_all * block / blocks, p1 = outer_all * (block + 1) / blocks;
       const std::int64_t q0 = here * part / split, q1 = here * (part + 1) / split;
       if (p0 == p1 || q0 == q1) return;
+      [[maybe_unused]] const typename P::Session session;
       Aligned<Packed> outer_data((p1 - p0) * outer.parts() * up<std::int64_t>(deep, P::kStep) *
                                  outer.width);
       const std::int64_t x0 = kAheadX ? begin + q0 : p0, x1 = kAheadX ? begin + q1 : p1;
       const std::int64_t w0 = kAheadX ? p0 : begin + q0, w1 = kAheadX ? p1 : begin + q1;
-      const std::int64_t kept = passes == 1 ? kGroup : (x1 - x0) * (w1 - w0);
-      Aligned<A> sums_data(kept * layers * kTile);
+      // Sums of one pass; of all passes, and what rounding took from them.
+      Aligned<A> pass_data(kGroup * layers * kTile);
+      const std::int64_t kept = passes == 1 ? 0 : (x1 - x0) * (w1 - w0) * kTile;
+      Aligned<A> sums_data(2 * layers * kept);
+      std::memset(sums_data.data, 0, 2 * layers * kept * sizeof(A));
       for (std::int64_t k = 0, number = 0; number < passes; ++number, k += pass) {
         const std::int64_t depth = most<std::int64_t>(0, least(K - k, pass));
         const std::int64_t steps = up<std::int64_t>(depth, P::kStep);
@@ -300,12 +317,19 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
         for (std::int64_t i = x0; i < x1; i += kGroup) {
           const int tiles = static_cast<int>(least<std::int64_t>(kGroup, x1 - i));
           for (std::int64_t j = w0; j < w1; ++j) {
-            A* sums = sums_data.data;
-            if (passes > 1) sums += ((j - w0) * (x1 - x0) + (i - x0)) * kTile;
-            A* tangents = finish.dual ? sums + kept * kTile : nullptr;
-            group_product<P>(xs.from(i - x0, 0), tiles, ws.from(j - w0, 0), steps, number > 0, sums,
-                             tangents);
-            if (number + 1 < passes) continue;
+            A* sums = pass_data.data;
+            A* tangents = finish.dual ? sums + kGroup * kTile : nullptr;
+            group_product<P>(xs.from(i - x0, 0), tiles, ws.from(j - w0, 0), steps, sums, tangents);
+            if (passes > 1) {
+              A* total = sums_data.data + ((j - w0) * (x1 - x0) + (i - x0)) * kTile;
+              for (int layer = 0; layer < layers; ++layer) {
+                add_compensated(pass_data.data + layer * kGroup * kTile, total + layer * kept,
+                                total + (layers + layer) * kept, tiles * kTile);
+              }
+              if (number + 1 < passes) continue;
+              sums = total;
+              if (tangents) tangents = total + kept;
+            }
             for (int t = 0; t < tiles; ++t) {
               const std::int64_t row = (i + t) * P::kRows, col = j * P::kCols;
               finish(sums + t * kTile, tangents ? tangents + t * kTile : nullptr, P::kCols, row,
@@ -325,7 +349,7 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
 template <class T>
 void few_rows_product(const Operands& o, std::int64_t batch, int threads,
                       const Epilogue<T>& finish) {
-  using P = typename ProductOf<T>::type;
+  using P = typename DotOf<T>::type;
   using A = typename P::Compute;
   constexpr int kWidth = 4 * kDotCols;  // columns of a task
   const std::int64_t M = o.x.rows, N = o.w.rows;
@@ -336,9 +360,13 @@ void few_rows_product(const Operands& o, std::int64_t batch, int threads,
     const auto add = [&](const Matrix& x, const Matrix& w, A* to) {
       const T* a = static_cast<const T*>(x.data) + batch * x.batch_stride;
       const T* b = static_cast<const T*>(w.data) + batch * w.batch_stride + col * w.row_stride;
-      for (int j = 0; j < cols; j += kDotCols) {
-        dot_block<P>(a, x.row_stride, static_cast<int>(M), b + j * w.row_stride, w.row_stride,
-                     least(cols - j, kDotCols), x.cols, to + j);
+      // A lane sums a part of the depth at most, so that rounding does not grow with all of it.
+      for (std::int64_t k = 0; k < x.cols; k += kDotDepth) {
+        for (int j = 0; j < cols; j += kDotCols) {
+          dot_block<P>(a + k, x.row_stride, static_cast<int>(M), b + j * w.row_stride + k,
+                       w.row_stride, least(cols - j, kDotCols), least(x.cols - k, kDotDepth),
+                       to + j);
+        }
       }
     };
     add(o.x, o.w, sums);
@@ -377,6 +405,7 @@ struct Results {
 
 void run(const Operands& o, const Results& r, bool accumulate, const Act* act, const Mask& mask,
          const Exec& exec) {
+  const Act stored_act = stored(act ? *act : Act{}, r.y.dtype);
   const Operands operands{broadcast(o.x), broadcast(o.w), broadcast(o.tx), broadcast(o.tw)};
   with_storage(r.y.dtype, [&](auto storage) {
     using T = decltype(storage);
@@ -388,10 +417,10 @@ void run(const Operands& o, const Results& r, bool accumulate, const Act* act, c
     finish.accumulate = accumulate;
     finish.dual = r.ty.given();
     finish.streams = should_stream(r.y.batch * r.y.rows * r.y.cols * size_of(r.y.dtype));
-    finish.act = act;
-    if (act && act->code != Activation::kIdentity) {
-      finish.activation = activation_block<A>(act->code);
-      if (finish.dual) finish.activation_jvp = activation_jvp_block<A>(act->code);
+    finish.act = &stored_act;
+    if (stored_act.code != Activation::kIdentity) {
+      finish.activation = activation_block<A>(stored_act.code);
+      if (finish.dual) finish.activation_jvp = activation_jvp_block<A>(stored_act.code);
     }
     finish.mask = mask.given() ? &mask : nullptr;
     const auto line = [&](const Buffer& bias, std::int64_t b) -> const T* {
@@ -427,9 +456,18 @@ void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias
   run({x, w, tx, tw}, {bias, tbias, y, ty, z}, false, &act, mask, exec);
 }
 
-// Sums of kSumRows rows first, then of those: the order is fixed, and rounding grows with neither
-// alone.
-constexpr std::int64_t kSumRows = 128, kSumCols = 512;
+// Sums of kSumRows rows first, kSumPairs at a time by halves, then of those: the order is fixed,
+// and rounding does not grow with the number of rows.
+constexpr std::int64_t kSumRows = 128, kSumPairs = 8, kSumCols = 512;
+
+// n adjacent elements of a row, as a vector; zeros past them.
+template <class T>
+JOPS_HD Vec<Compute<T>> strided(const T* p, std::int64_t stride, int n) {
+  if (stride == 1) return n >= Vec<Compute<T>>::kLanes ? load(p) : load_n(p, n);
+  T near[Vec<Compute<T>>::kLanes] = {};
+  for (int i = 0; i < n; ++i) near[i] = p[i * stride];
+  return load(near);
+}
 
 template <class T>
 void column_sum(const Matrix& x, std::int64_t batch, T* y, int threads) {
@@ -438,31 +476,38 @@ void column_sum(const Matrix& x, std::int64_t batch, T* y, int threads) {
   const T* from = static_cast<const T*>(x.data) + batch * x.batch_stride;
   const std::int64_t M = x.rows, N = x.cols;
   const std::int64_t parts = M == 0 ? 1 : up(M, kSumRows), strips = up(N, kSumCols);
-  const std::int64_t pitch = strips * kSumCols;
+  const std::int64_t pitch = up<std::int64_t>(N, V::kLanes) * V::kLanes;
   Aligned<A> sums(parts * pitch);
   parallel(parts * strips, useful_threads(M * N, threads), [&](std::int64_t task) {
     const std::int64_t part = task / strips, col = task % strips * kSumCols, row = part * kSumRows;
     const std::int64_t rows = M - row < kSumRows ? M - row : kSumRows;
     const std::int64_t cols = N - col < kSumCols ? N - col : kSumCols;
     A* to = sums.data + part * pitch + col;
-    for (std::int64_t j = 0; j < kSumCols; ++j) to[j] = 0;
-    for (std::int64_t i = 0; i < rows; ++i) {
-      const T* p = from + (row + i) * x.row_stride + col * x.col_stride;
-      std::int64_t j = 0;
-      if (x.col_stride == 1) {
-        for (; j + V::kLanes <= cols; j += V::kLanes) store(to + j, load(to + j) + load(p + j));
-      }
-      for (; j < cols; ++j) {
-        if constexpr (std::is_same_v<T, A>)
-          to[j] += p[j * x.col_stride];
-        else
-          to[j] += load_n(p + j * x.col_stride, 1)[0];
+    const T* corner = from + row * x.row_stride + col * x.col_stride;
+    for (std::int64_t j = 0; j < cols; j += V::kLanes) store(to + j, V(A(0)));
+    for (std::int64_t i = 0; i < rows; i += kSumPairs) {
+      for (std::int64_t j = 0; j < cols; j += V::kLanes) {
+        const int n = static_cast<int>(least<std::int64_t>(cols - j, V::kLanes));
+        const T* p = corner + i * x.row_stride + j * x.col_stride;
+        V part[kSumPairs];
+#pragma GCC unroll 8
+        for (int r = 0; r < kSumPairs; ++r) {
+          part[r] = i + r < rows ? strided(p + r * x.row_stride, x.col_stride, n) : V(A(0));
+        }
+#pragma GCC unroll 3
+        for (int half = kSumPairs / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+          for (int r = 0; r < half; ++r) part[r] += part[r + half];
+        }
+        store(to + j, load(to + j) + part[0]);
       }
     }
   });
   for (std::int64_t j = 0; j < N; j += V::kLanes) {
-    V total(A(0));
-    for (std::int64_t part = 0; part < parts; ++part) total += load(sums.data + part * pitch + j);
+    V total(A(0)), lost(A(0));
+    for (std::int64_t part = 0; part < parts; ++part) {
+      add_compensated(load(sums.data + part * pitch + j), total, lost);
+    }
     if (j + V::kLanes <= N)
       store(y + j, total);
     else

@@ -226,10 +226,10 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
                 kMasked ? load(m[r] + j) : V(A(1)), part);
       }
       for (int s = 0; s < Op::kSums; ++s) {
-        const V old = load(sum[s] + j), more = part[s] - load(lost[s] + j), total = old + more;
+        V total = load(sum[s] + j), rest = load(lost[s] + j);
+        add_compensated(part[s], total, rest);
         store(sum[s] + j, total);
-        const V rest = (total - old) - more;
-        store(lost[s] + j, select(rest == rest, rest, V(A(0))));  // an infinite sum stays infinite
+        store(lost[s] + j, rest);
       }
     });
   }

@@ -21,14 +21,31 @@ struct Params {
   A a, b, c;
 };
 
-struct Identity {
+// g times a derivative d. A struct with kGates passes nothing where its derivative is 0, be g
+// infinite or NaN, as torch does.
+template <class F, class A>
+JOPS_HD A times(A d, A g) {
+  if constexpr (F::kGates)
+    return select(d == A(0), A(0), d * g);
+  else
+    return d * g;
+}
+
+struct Smooth {
+  static constexpr bool kGates = false;
+};
+struct Gate {
+  static constexpr bool kGates = true;
+};
+
+struct Identity : Smooth {
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     return {x, A(1), A(0), A(0)};
   }
 };
 
-struct Relu {  // f'(0) = 0, f'(NaN) = 1
+struct Relu : Gate {  // f'(0) = 0, f'(NaN) = 1
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const auto off = x <= A(0);
@@ -36,7 +53,7 @@ struct Relu {  // f'(0) = 0, f'(NaN) = 1
   }
 };
 
-struct LeakyRelu {  // a: slope
+struct LeakyRelu : Smooth {  // a: slope
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>& p) {
     const auto on = x > A(0);
@@ -44,7 +61,7 @@ struct LeakyRelu {  // a: slope
   }
 };
 
-struct Elu {  // x > 0: b x, else a b (e^(c x) - 1); selu and celu are elu
+struct Elu : Smooth {  // x > 0: b x, else a b (e^(c x) - 1); selu and celu are elu
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>& p) {
     const ExpBoth<A> b = exp_both(p.c * x);
@@ -56,14 +73,14 @@ struct Elu {  // x > 0: b x, else a b (e^(c x) - 1); selu and celu are elu
   }
 };
 
-struct Hardtanh {  // min(max(x, a), b); relu6 is hardtanh(0, 6)
+struct Hardtanh : Gate {  // min(max(x, a), b); relu6 is hardtanh(0, 6)
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>& p) {
     return {max(p.a, min(p.b, x)), select((x <= p.a) | (x >= p.b), A(0), A(1)), A(0), A(0)};
   }
 };
 
-struct Sigmoid {
+struct Sigmoid : Smooth {
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const Logistic<A> l = logistic(x);
@@ -72,7 +89,7 @@ struct Sigmoid {
   }
 };
 
-struct Tanh {
+struct Tanh : Smooth {
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const TanhParts<A> h = tanh_parts(x);
@@ -80,7 +97,7 @@ struct Tanh {
   }
 };
 
-struct Gelu {  // x Phi(x)
+struct Gelu : Smooth {  // x Phi(x)
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const Normal<A> n = normal(x);
@@ -91,7 +108,8 @@ struct Gelu {  // x Phi(x)
   }
 };
 
-struct GeluTanh {  // x (1 + t)/2, t = tanh(u), u = beta (x + kappa x^3); (1 + t)/2 = sigmoid(2u)
+struct GeluTanh
+    : Smooth {  // x (1 + t)/2, t = tanh(u), u = beta (x + kappa x^3); (1 + t)/2 = sigmoid(2u)
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     using T = Scalar<A>;
@@ -114,7 +132,7 @@ struct GeluTanh {  // x (1 + t)/2, t = tanh(u), u = beta (x + kappa x^3); (1 + t
   }
 };
 
-struct Silu {  // x sigmoid(x)
+struct Silu : Smooth {  // x sigmoid(x)
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const A z = clamp(x, -1000, 1000);
@@ -126,7 +144,7 @@ struct Silu {  // x sigmoid(x)
   }
 };
 
-struct Softplus {  // a: beta, b: threshold. a x > b: x, else log(1 + e^(a x))/a
+struct Softplus : Smooth {  // a: beta, b: threshold. a x > b: x, else log(1 + e^(a x))/a
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>& p) {
     const A z = p.a * x;
@@ -139,7 +157,7 @@ struct Softplus {  // a: beta, b: threshold. a x > b: x, else log(1 + e^(a x))/a
   }
 };
 
-struct Mish {  // x w, w = tanh(softplus(x)) = n/(n + 2), n = e^x (e^x + 2)
+struct Mish : Smooth {  // x w, w = tanh(softplus(x)) = n/(n + 2), n = e^x (e^x + 2)
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const A z = clamp(x, -1000, 1000);
@@ -160,7 +178,7 @@ struct Mish {  // x w, w = tanh(softplus(x)) = n/(n + 2), n = e^x (e^x + 2)
   }
 };
 
-struct Hardswish {  // x min(max(x + 3, 0), 6)/6; f'(3) = 1, f'(-3) = 0, f''(+-3) = 0
+struct Hardswish : Gate {  // x min(max(x + 3, 0), 6)/6; f'(3) = 1, f'(-3) = 0, f''(+-3) = 0
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const A gate = max(A(0), min(A(6), x + A(3)));
@@ -171,7 +189,7 @@ struct Hardswish {  // x min(max(x + 3, 0), 6)/6; f'(3) = 1, f'(-3) = 0, f''(+-3
   }
 };
 
-struct Hardsigmoid {  // min(max(x + 3, 0), 6)/6
+struct Hardsigmoid : Gate {  // min(max(x + 3, 0), 6)/6
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     return {max(A(0), min(A(6), x + A(3))) / A(6),
@@ -179,7 +197,7 @@ struct Hardsigmoid {  // min(max(x + 3, 0), 6)/6
   }
 };
 
-struct Logsigmoid {  // min(x, 0) - log(1 + e^-|x|)
+struct Logsigmoid : Smooth {  // min(x, 0) - log(1 + e^-|x|)
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const Logistic<A> l = logistic(x);
@@ -190,14 +208,14 @@ struct Logsigmoid {  // min(x, 0) - log(1 + e^-|x|)
 
 // Derivatives from the saved output: functions F of y with F'(y) = f'(x); the value is not used.
 
-struct SigmoidY {
+struct SigmoidY : Smooth {
   template <class A>
   static JOPS_HD Jet<A> jet(A y, const Params<A>&) {
     return {y, y * (A(1) - y), A(1) - A(2) * y, A(-2)};
   }
 };
 
-struct TanhY {
+struct TanhY : Smooth {
   template <class A>
   static JOPS_HD Jet<A> jet(A y, const Params<A>&) {
     return {y, fma(-y, y, A(1)), A(-2) * y, A(-2)};

@@ -272,6 +272,14 @@ JOPS_HD U64 interleave_high(U64 a, U64 b) {
   return detail::shuffle(a, b, std::make_integer_sequence<int, kWords>(), kWords / 2);
 }
 
+// total += more; `lost` is what rounding took from the total (Kahan), 0 where that is infinite.
+template <class T>
+JOPS_HD void add_compensated(Vec<T> more, Vec<T>& total, Vec<T>& lost) {
+  const Vec<T> term = more - lost, sum = total + term, rest = (sum - total) - term;
+  lost = select(rest == rest, rest, Vec<T>(T(0)));
+  total = sum;
+}
+
 // Reductions, by halves: a fixed order of additions.
 namespace detail {
 template <class T, int N, class Op>
