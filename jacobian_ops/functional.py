@@ -25,7 +25,7 @@ from .autograd import linear as _linear
 from .autograd import softmax as _softmax
 from .autograd.rule import overwritable, plain, reverse_may_follow
 from .kernels import resolve
-from .kernels._arguments import ALLOWED_DTYPES, check_p, name_of, normalize_dim
+from .kernels._arguments import ALLOWED_DTYPES, check_p, check_tensor, name_of, normalize_dim
 
 __all__ = [
     "celu",
@@ -57,8 +57,9 @@ __all__ = [
 # Plain calls on fewer elements than this go to the native op, whose shorter way through C++ then
 # counts for more than the kernel.  0: never.
 NATIVE_BELOW = int(os.environ.get("JACOBIAN_OPS_NATIVE_BELOW", "4096"))
-# Native ops that may not stand in for ours: this one has no second derivative.
-_NEVER_NATIVE = ("hardsigmoid",)
+# Native ops that cannot stand in for ours where a graph is recorded: their backward has no
+# derivative, or none in forward mode.
+_NOT_RECORDED = ("hardsigmoid", "mish", "silu")
 
 
 def _tiny(*tensors: Tensor) -> bool:
@@ -102,17 +103,22 @@ def _pointwise(public, native, input, inplace=False, **params):
         return handle_torch_function(public, (input,), input, **_given(inplace=inplace), **params)
     if not _ours(op, input):
         return _native(op, native, input, **_given(inplace=inplace), **params)
-    if op not in _NEVER_NATIVE and _tiny(input):
+    recorded = op in _NOT_RECORDED and input.requires_grad and torch.is_grad_enabled()
+    if not recorded and _tiny(input):
         return native(input, inplace=True, **params) if inplace else native(input, **params)
     f = resolve(op, op, **params)
     args = (None, f.function, f.params, 0.0)
     if not inplace:
         return _activation.activation(input, *args)
-    # The derivative of some activations needs the input, which is about to be overwritten.
-    keep_input = torch.is_grad_enabled() and _activation.from_output(*args[1:]) is None
-    if overwritable(input) and not (keep_input and input.requires_grad):
+    recording = torch.is_grad_enabled()
+    if overwritable(input) and not (
+        recording
+        and input.requires_grad
+        and not _activation.survives_overwriting(f.function, f.params)
+    ):
         return _activation.activation_inplace(input, *args)
-    return input.copy_(_activation.activation(input.clone() if keep_input else input, *args))
+    # The derivative may need the input, or the input's tangent, which are about to be overwritten.
+    return input.copy_(_activation.activation(input.clone() if recording else input, *args))
 
 
 def _given(**flags):
@@ -273,6 +279,11 @@ def softmin(
     return _along_dim(softmin, F.softmin, input, dim, _stacklevel, dtype)
 
 
+def _as_vector(run, input: Tensor) -> Tensor:
+    """``run`` of a tensor without dimensions, which the softmax family takes as one element."""
+    return run(input.reshape(1)).reshape(())
+
+
 def _along_dim(public, native, input, dim, _stacklevel, dtype):
     op = public.__name__
     if has_torch_function_unary(input):
@@ -282,12 +293,16 @@ def _along_dim(public, native, input, dim, _stacklevel, dtype):
     if dim is None:
         dim = F._get_softmax_dim(op, input.dim(), _stacklevel + 1)
     if dtype is not None:
-        input = input.to(dtype)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{op}: dtype must be torch.dtype, not {type(dtype).__name__}")
+        input = input.to(dtype=dtype)
     if not _ours(op, input):
         return _native(op, native, input, dim)
     dim = normalize_dim(op, dim, input.dim())
     if _tiny(input):
         return native(input, dim)
+    if input.dim() == 0:
+        return _as_vector(lambda x: public(x, dim), input)
     if op == "log_softmax":
         return _softmax.log_softmax(input, dim)
     return _softmax.softmax(input, dim, -1.0 if op == "softmin" else 1.0)
@@ -299,14 +314,9 @@ def draw_seed(input: Tensor, generator: torch.Generator | None = None) -> Tensor
     ``randint`` is the only random op, so manual_seed, checkpoint, torch.compile and vmap's
     ``randomness=`` treat our dropout as they treat any random op.
     """
-    return torch.randint(
-        -(2**63),
-        2**63 - 1,
-        (),
-        dtype=torch.int64,
-        device=input.device,
-        generator=generator,
-    )
+    # The overload with a generator knows no symbolic shapes.
+    extra = _given(generator=generator)
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device, **extra)
 
 
 def dropout(
@@ -341,9 +351,10 @@ def dropout(
             dropout, (input,), input, p=p, training=training, inplace=inplace, **extra
         )
     check_p("dropout", p)
+    ours = _ours("dropout", input)
     if not training or p == 0.0:
         return input
-    if not _ours("dropout", input):
+    if not ours:
         return _native("dropout", F.dropout, input, p, training, inplace)
     seed = draw_seed(input, generator)
     if not inplace:
@@ -384,10 +395,14 @@ def dropout_add(
             **_given(generator=generator),
         )
     check_p("dropout_add", p)
+    check_tensor("dropout_add", "residual", residual)
+    ours = _ours("dropout_add", input)
     if not training or p == 0.0:
         return residual + input
-    if not _ours("dropout_add", input):
-        raise _no_kernels("dropout_add", "input", input)
+    for name, t in (("input", input), ("residual", residual)):
+        if not ours or not _strided(t):
+            raise _no_kernels("dropout_add", name, t)
+    _check_device("dropout_add", input, residual=residual)
     if input.shape != residual.shape or input.dtype != residual.dtype:
         return residual + dropout(input, p, generator=generator)
     return _dropout.dropout_add(input, residual, draw_seed(input, generator), p)
@@ -428,6 +443,8 @@ def softmax_dropout(
     if not _ours("softmax_dropout", input):
         raise _no_kernels("softmax_dropout", "input", input)
     dim = normalize_dim("softmax_dropout", dim, input.dim())
+    if input.dim() == 0:
+        return _as_vector(lambda x: softmax_dropout(x, dim, p, generator=generator), input)
     return _softmax.softmax_dropout(input, draw_seed(input, generator), dim, p)
 
 
@@ -447,12 +464,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
-    if not _ours("linear", input) or weight.layout is not torch.strided:
+    _check_linear("linear", weight, bias)
+    if not _ours("linear", input) or not all(_strided(t) for t in (weight, bias)):
         return _native("linear", F.linear, input, weight, bias)
     if weight.dim() == 1:
-        y = linear(input, weight.unsqueeze(0), None if bias is None else bias.reshape(1))
-        return y.squeeze(-1)
+        y = linear(input, weight.unsqueeze(0)).squeeze(-1)
+        return y if bias is None else y + bias
     input, weight, bias = _low_precision(input, weight, bias)
+    if bias is not None and bias.dim() > 1:
+        return linear(input, weight) + bias
     x, bias = _fit_linear("linear", input, weight, bias)
     if _tiny(input, weight, *(() if bias is None else (bias,))):
         return F.linear(input, weight, bias)
@@ -471,7 +491,8 @@ def linear_act_dropout(
 ) -> Tensor:
     """``dropout(activation(x W^T + b), p)`` as one GEMM with activation and dropout on its tiles.
 
-    Keeps ``x``, ``W``, the seed and either ``z = x W^T + b`` or, for relu and its kin, the result.
+    Keeps ``x``, ``W``, the seed and either ``z = x W^T + b`` or, for relu, sigmoid and tanh without
+    dropout, the result.
 
     Args:
         input: (*, in_features).
@@ -496,16 +517,37 @@ def linear_act_dropout(
         return handle_torch_function(linear_act_dropout, tensors, *tensors, **extra)
     check_p(op, p)
     f = resolve(op, activation)
-    if not _ours(op, input):
-        raise _no_kernels(op, "input", input)
+    _check_linear(op, weight, bias)
+    for name, t in (("input", input), ("weight", weight), ("bias", bias)):
+        if not (_strided(t) if name != "input" else _ours(op, t)):
+            raise _no_kernels(op, name, t)
     input, weight, bias = _low_precision(input, weight, bias)
     x, bias = _fit_linear(op, input, weight, bias)
     p = p if training else 0.0
     seed = draw_seed(input, generator) if p > 0.0 else None
     keep_z = reverse_may_follow((x, weight, bias))
-    keep_z = keep_z and _activation.from_output(f.function, f.params, p) is None
+    keep_z = keep_z and f.function != "identity" and not _activation.from_result(f.function, p)
     y, _ = _linear.linear_act_dropout(x, weight, bias, seed, f.function, f.params, p, keep_z)
     return _unflatten(y, input)
+
+
+def _check_linear(op, weight, bias):
+    check_tensor(op, "weight", weight)
+    if bias is not None:
+        check_tensor(op, "bias", bias)
+
+
+def _strided(t):
+    return t is None or t.layout is torch.strided
+
+
+def _check_device(op, input, **others):
+    """Raise unless the tensors are where ``input`` is; a meta tensor would pass the dispatcher."""
+    for name, t in others.items():
+        if t is not None and t.device != input.device:
+            raise RuntimeError(
+                f"{op}: {name} is on {t.device}, input is on {input.device}; they must be the same"
+            )
 
 
 def _no_kernels(op, argument, t):
@@ -517,6 +559,7 @@ def _no_kernels(op, argument, t):
 
 def _fit_linear(op, input, weight, bias):
     """``input`` as a matrix and ``bias`` as a vector, checked before any kernel is chosen."""
+    _check_device(op, input, weight=weight, bias=bias)
     if weight.dim() != 2:
         raise RuntimeError(
             f"{op}: weight has shape {list(weight.shape)}; allowed: (out_features, in_features)"

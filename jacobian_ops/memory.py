@@ -32,6 +32,8 @@ def retain_host_memory() -> dict[str, int]:
 def release_host_memory() -> dict[str, int]:
     """Undo :func:`retain_host_memory`, and give memory that is free now back to the system.
 
+    Blocks that the heap holds free are still used before new ones are mapped.
+
     Returns:
         What was set, by name in mallopt(3): glibc's defaults, with the thresholds where its own
         adaptation to large blocks ends.  Empty where nothing was.

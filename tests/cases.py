@@ -192,7 +192,7 @@ def fused(name, p):
     act = next(c for c in POINTWISE if c.name == name.replace("_tanh", "-tanh"))
 
     def ours(x, weight, bias):
-        keep_z = activation.from_output(f.function, f.params, p) is None
+        keep_z = activation.from_result(f.function, p) is None
         seed = SEED if p else None
         return linear.linear_act_dropout(x, weight, bias, seed, f.function, f.params, p, keep_z)[0]
 

@@ -187,6 +187,53 @@ def test_gemm_edges(m, n, k):
             torch.testing.assert_close(J.linear(a, c, b).double(), want, atol=1e-4, rtol=1e-5)
 
 
+def test_long_sums_are_as_good_as_native():
+    """Rounding does not grow with the number of terms, which are all of one sign here."""
+    eps = torch.finfo(torch.float32).eps
+
+    def check(got, native, exact):
+        allowed = 2 * (native.double() - exact).abs().max() + eps * exact.abs().max()
+        assert (got.double() - exact).abs().max() <= allowed
+
+    n = 1 << 18
+    for x in (torch.full((n, 3), 0.1), torch.rand(n, 3)):
+        check(kernels.column_sum(x), x.sum(0), x.double().sum(0))
+        for rows in (1, 20):  # read in place, and packed
+            a, w = x[:, :1].T.expand(rows, n).contiguous(), torch.rand(40, n)
+            check(kernels.linear(a, w), a @ w.T, a.double() @ w.double().T)
+            check(kernels.linear(a.T.contiguous().T, w), a @ w.T, a.double() @ w.double().T)
+
+
+INFINITE = torch.tensor([INF, -INF, NAN, 1.0])
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6", "hardtanh", "hardsigmoid"])
+def test_nothing_passes_a_closed_gate(ours, name):
+    """Where the derivative is 0, an infinite cotangent or tangent gives 0, not NaN."""
+    x = torch.full((4,), -7.0)
+    native, mine = getattr(F, name), getattr(J, name)
+    for f in (native, mine):
+        z = x.clone().requires_grad_()
+        f(z).backward(INFINITE)
+        assert torch.equal(z.grad, torch.zeros(4)), f
+        assert torch.equal(torch.func.jvp(f, (x,), (INFINITE,))[1], torch.zeros(4))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=name)
+def test_bounds_between_two_numbers_of_the_dtype(dtype, inplace):
+    """A saturated element equals its bound only where both are rounded to the same number."""
+    x = torch.tensor([-2.0, 0.2, 3.0], dtype=dtype)
+    for bound in (0.1, 0.3, 0.7, 0.9):
+        grads = []
+        for f in (F.hardtanh, J.hardtanh):
+            z = x.clone().requires_grad_()
+            y = f(z * 1, -bound, bound, inplace=inplace)
+            y.sum().backward()
+            grads += [y, z.grad]
+        assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3])
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=name)
 def test_long_sums_do_not_drift(dtype):
     """Sums run in float32 or wider: a bfloat16 sum would stop growing at 256."""

@@ -263,3 +263,77 @@ def test_nested_and_sparse_tensors_go_to_the_native_op():
         for y, x in zip(J.linear(nested, w).unbind(), rows, strict=True):
             torch.testing.assert_close(y, F.linear(x, w))
         torch.testing.assert_close(J.linear(rows[0], w.to_sparse_csr()), F.linear(rows[0], w))
+
+
+def test_pre_dispatch_trace_records_the_ops():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randn(2, 3)
+    graph = make_fx(lambda z: J.softmax(J.linear(z, z), -1), pre_dispatch=True)(x)
+    close(graph(x), J.softmax(J.linear(x, x), -1))
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "relu6", "hardtanh", "silu", "gelu"])
+def test_result_or_input_may_be_overwritten_where_native_allows(ours, name):
+    """A program that overwrites x, or y, after the op runs as it does natively."""
+
+    def runs(f, which):
+        z = torch.randn(5, requires_grad=True)
+        x = z * 1
+        y = f(x)
+        (y if which == "y" else x).add_(1)
+        try:
+            y.sum().backward()
+        except RuntimeError as e:
+            assert "modified by an inplace operation" in str(e)
+            return False
+        return True
+
+    for which in ("x", "y"):
+        assert runs(getattr(J, name), which) == runs(getattr(F, name), which)
+
+
+def test_residual_added_in_place_after_a_fused_block():
+    block = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.ReLU(), torch.nn.Dropout(0.5))
+    x = torch.randn(4, 5)
+    y = jacobian_ops.replace(block)(x)
+    y += x
+    y.sum().backward()
+    assert block[0].weight.grad.isfinite().all()
+
+
+def test_weight_of_a_first_layer_may_be_updated_before_backward():
+    x, w = torch.randn(4, 5), torch.randn(3, 5, requires_grad=True)
+    y = J.linear(x, w)
+    with torch.no_grad():
+        w.sub_(0.1)
+    y.sum().backward()
+    close(w.grad, x.sum(0).expand(3, 5))
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "relu6", "hardtanh", "silu"])
+def test_inplace_in_reverse_over_forward(name):
+    """The input's tangent is overwritten with the input."""
+    x = torch.randn(4, 5)
+
+    def second(f):
+        def loss(z):
+            y, ty = jvp(lambda a: f(a * 2, inplace=True), (z,), (x,))
+            return (y * ty).sin().sum()
+
+        return torch.func.grad(loss)(x)
+
+    close(second(getattr(J, name)), second(lambda a, inplace: getattr(J, name)(a)))
+
+
+def test_dual_cotangent_of_a_tiny_op(monkeypatch):
+    """A backward of a native op may have no forward mode: it must not stand in for ours."""
+    monkeypatch.setattr(J, "NATIVE_BELOW", 4096)
+    forward_ad = torch.autograd.forward_ad
+    for case in CASES:
+        xs = case.inputs(requires_grad=True)
+        y = case.ours(*xs)
+        with forward_ad.dual_level():
+            gy = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+            for g in torch.autograd.grad(y, xs, gy):
+                assert forward_ad.unpack_dual(g).tangent is not None

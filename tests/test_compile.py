@@ -171,3 +171,12 @@ def test_export():
     program = torch.export.export(Net(), (x,))
     close(program.module()(x), Net()(x))
     assert "jacobian_ops.softmax" in str(program.graph)
+
+
+@pytest.mark.parametrize("form", [J.dropout, lambda z, p: J.linear_act_dropout(z, z, p=p)])
+def test_vmap_of_dropout_with_dynamic_shapes(form):
+    def f(x):
+        return vmap(lambda z: form(z, 0.5), randomness="different")(x)
+
+    y = compiled(f, dynamic=True)(torch.ones(6, 7, 7))
+    assert y.shape == (6, 7, 7) and not torch.equal(y[0], y[1])

@@ -1,5 +1,6 @@
 """Bad input: torch's exception, with a text that names op, argument, what is allowed, what came."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,12 @@ def test_linear_errors(name):
 
 def test_linear_takes_what_torch_takes():
     torch.testing.assert_close(J.linear(X, W[0]), F.linear(X, W[0]))
-    torch.testing.assert_close(J.linear(X, W, torch.ones(1)), F.linear(X, W, torch.ones(1)))
+    for shape in ((1,), (1, 5), (3, 5), (3, 1)):
+        b = torch.randn(shape)
+        torch.testing.assert_close(J.linear(X, W, b), F.linear(X, W, b))
+    b = torch.randn(2, 3)
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(J.linear(x, W[0], b), F.linear(x, W[0], b))
     ints = torch.ones(3, 4, dtype=torch.int64)
     torch.testing.assert_close(J.linear(ints, ints), F.linear(ints, ints))
 
@@ -191,3 +197,80 @@ def test_in_place_of_a_leaf():
         raises(RuntimeError, "leaf", lambda f=f: f(x, inplace=True))
         raises(RuntimeError, "leaf", lambda f=f: f(x[1:], inplace=True))
         assert torch.equal(x, before)  # nothing was written first
+
+
+def test_each_argument_that_is_no_tensor_is_named():
+    for op in ("linear", "linear_act_dropout"):
+        f = getattr(J, op)
+        raises(TypeError, f"{op}: weight must be Tensor, not NoneType", lambda f=f: f(X, None))
+        raises(TypeError, f"{op}: bias must be Tensor, not float", lambda f=f: f(X, W, 1.0))
+    raises(TypeError, "residual must be Tensor", lambda: J.dropout_add(X, None, 0.5))
+    raises(TypeError, "must be Tensor, not NoneType", lambda: J.dropout(None, 0.5, False))
+    raises(TypeError, "linear_vjp: gy must be Tensor", lambda: kernels.linear_vjp(X, W, None))
+    raises(TypeError, "x must be Tensor, not list", lambda: kernels.activation([1.0], "relu"))
+    raises(
+        TypeError, "gy must be Tensor, not ndarray", lambda: kernels.softmax_vjp(X, X.numpy(), 1)
+    )
+
+
+def test_each_number_that_is_none_is_named():
+    raises(
+        TypeError,
+        "leaky_relu: negative_slope must be Number, not str",
+        lambda: J.leaky_relu(X, "a"),
+    )
+    raises(TypeError, "softplus: beta must be Number, not NoneType", lambda: J.softplus(X, None))
+    raises(TypeError, "dropout: p, .*must be Number, not str", lambda: J.dropout(X, "a"))
+    raises(TypeError, "softmax: dim must be int, not float", lambda: J.softmax(X, 1.0))
+    raises(TypeError, "softmax: dtype must be torch.dtype", lambda: J.softmax(X, 1, dtype="meta"))
+    raises(ValueError, "unknown activation", lambda: J.linear_act_dropout(X, W, None, ["relu"]))
+    raises(ValueError, "unknown", lambda: kernels.activation(X, kernels.Activation("swish")))
+
+
+def test_devices_must_agree():
+    """A meta tensor picks the dispatcher's meta kernel: nothing would be computed."""
+    meta = torch.empty(5, device="meta")
+    text = "bias is on meta, input is on cpu"
+    raises(RuntimeError, f"linear: {text}", lambda: J.linear(X, W, meta))
+    raises(RuntimeError, text, lambda: J.linear_act_dropout(X, W, meta))
+    raises(RuntimeError, "weight is on meta", lambda: J.linear(X, W.to("meta")))
+    raises(RuntimeError, "residual is on meta", lambda: J.dropout_add(X, X.to("meta"), 0.5))
+    raises(RuntimeError, "weight is on cpu", lambda: J.linear(X.to("meta"), W))
+
+
+def test_sparse_arguments_of_fused_ops():
+    text = "weight has dtype float32 and layout torch.sparse_coo; allowed: strided"
+    raises(NotImplementedError, text, lambda: J.linear_act_dropout(X, W.to_sparse()))
+    raises(NotImplementedError, "residual has", lambda: J.dropout_add(X, X.to_sparse(), 0.5))
+
+
+def test_dropout_needs_a_seed():
+    text = "seed is None and p is 0.5"
+    raises(TypeError, f"activation: {text}", lambda: kernels.activation(X, "relu", p=0.5))
+    raises(TypeError, text, lambda: kernels.linear_act_dropout(X, W, p=0.5))
+    raises(TypeError, text, lambda: kernels.softmax_dropout(X, 1, 0.5, None))
+    raises(TypeError, text, lambda: kernels.dropout(X, 0.5, None))
+    raises(ValueError, "between 0 and 1", lambda: kernels.activation(X, "relu", p=7.0))
+
+
+def test_out_of_linear_may_not_overlap():
+    x, w = torch.randn(4, 4), torch.randn(4, 4)
+    raises(RuntimeError, "linear: out overlaps x", lambda: kernels.linear(x, w, out=x))
+    raises(RuntimeError, "linear: out overlaps weight", lambda: kernels.linear(x, w, out=w))
+
+
+def test_read_only_out():
+    memory = bytes(48)
+    array = np.frombuffer(memory, np.float32).reshape(3, 4)
+    x = np.ones((3, 4), np.float32)
+    raises(
+        ValueError, "softmax: out is a read-only array", lambda: kernels.softmax(x, 1, out=array)
+    )
+    raises(ValueError, "read-only", lambda: kernels.softmax_jvp(x, x, 1, out=(array, x.copy())))
+    assert not any(memory)
+
+
+def test_more_elements_than_memory_has():
+    """Strides of 0 make any number of elements out of one."""
+    wide = torch.ones(1).expand(20, 2**58)
+    raises(ValueError, "linear: x: allowed at most 2\\^48 elements", lambda: J.linear(wide, wide))

@@ -44,32 +44,30 @@ def run(code, **environment):
 
 
 def test_off_unless_asked():
-    run("assert faults() >= 5 * 16")  # 2 MiB pages at most: 32 faults a tensor
+    code = "assert faults() >= 5 * (SIZE >> 21)"  # even where a fault brings 2 MiB
+    run(code)
+    run(code, JACOBIAN_OPS_RETAIN_HOST_MEMORY="0")
 
 
 def test_retained_memory_is_not_faulted_in_again():
     run("""
+        before = faults()
         changed = jacobian_ops.retain_host_memory()
         assert changed["M_MMAP_MAX"] == 0, changed
-        assert faults() < 16
+        assert faults() < before / 4
     """)
 
 
-def test_variable():
-    run("assert faults() < 16", JACOBIAN_OPS_RETAIN_HOST_MEMORY="1")
-    run("assert faults() >= 5 * 16", JACOBIAN_OPS_RETAIN_HOST_MEMORY="0")
-
-
-def test_release_gives_back():
-    run("""
-        jacobian_ops.retain_host_memory()
+def test_variable_and_release():
+    run("assert faults() < 2 * SIZE / PAGE", JACOBIAN_OPS_RETAIN_HOST_MEMORY="1")
+    code = """
         torch.ones(4 * SIZE, dtype=torch.int8)
-        kept = resident()
+        peak = resident()
         changed = jacobian_ops.release_host_memory()
         assert changed["M_MMAP_MAX"] > 0, changed
-        assert kept - resident() > 3 * SIZE
-        assert faults() >= 5 * 16
-    """)
+        assert peak - resident() > 3 * SIZE
+    """
+    run(code, JACOBIAN_OPS_RETAIN_HOST_MEMORY="1")
 
 
 def test_bad_variable():

@@ -43,6 +43,9 @@ def test_arrays_in_arrays_out():
     y, ty = kernels.softmax_jvp(X, X, 1)
     np.testing.assert_allclose(y, np.exp(X) / np.exp(X).sum(1, keepdims=True))
     np.testing.assert_allclose(ty, y * (X - (y * X).sum(1, keepdims=True)))
+    outs = (np.empty_like(X), np.empty_like(X))
+    assert kernels.softmax_jvp(X, X, 1, out=outs)[0].ctypes.data == outs[0].ctypes.data
+    np.testing.assert_array_equal(outs, (y, ty))
     y, z = kernels.linear_act_dropout(X, X, None, "relu")
     assert type(y) is np.ndarray and z is None
     np.testing.assert_allclose(kernels.activation(x=X, name="relu"), X.clip(0))
@@ -158,6 +161,14 @@ BAD = {
     ),
     "overlapping output rows": lambda: _cpu.linear(
         matrix(2, 3), matrix(4, 3), None, matrix(2, 4, extent=8, row_stride=0), False, 1
+    ),
+    "extents overflow": lambda: _cpu.column_sum(
+        (PTR, 64, F32, (2**64 + 2) // 3, 0, 3, 0, 0, 0), (PTR, 2, F32), 1
+    ),
+    "inner size overflows": lambda: _cpu.linear(
+        (PTR, 1, F32, 1, 2, 2**61, 0, 0, 0),
+        (PTR, 1, F32, 1, 4, 2**61, 0, 0, 0),
+        *(None, matrix(2, 4), False, 1),
     ),
     "column_sum: short output": lambda: _cpu.column_sum(matrix(2, 3), (PTR, 2, F32), 1),
 }

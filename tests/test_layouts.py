@@ -66,6 +66,10 @@ def test_zero_dimensional_softmax(op):
         close(y, getattr(F, op)(x, dim))
         y.backward()
         assert x.grad.item() == 0
+        f = getattr(J, op)
+        close(torch.vmap(lambda z: f(z, dim))(torch.randn(3)), f(torch.tensor([0.7]), 0).expand(3))  # noqa: B023
+        assert torch.func.hessian(lambda z: f(z, dim))(x.detach()).item() == 0  # noqa: B023
+        assert torch.func.jacfwd(lambda z: f(z, dim))(x.detach()).item() == 0  # noqa: B023
 
 
 EMPTY = [(0,), (0, 3), (3, 0), (2, 0, 4)]
@@ -93,6 +97,11 @@ def test_empty_linear(op, m, n, k):
     want = F.gelu(want) if op != "linear" else want
     close(y, want)
     close(torch.autograd.grad(y.sum(), args), torch.autograd.grad(want.sum(), args))
+
+
+def test_empty_inner_dimension_of_batches():
+    x, w = torch.randn(2, 3, 4, 0), torch.randn(2, 3, 5, 0)
+    close(torch.vmap(torch.vmap(J.linear))(x, w), torch.zeros(2, 3, 4, 5))
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 2, 3)])

@@ -32,7 +32,7 @@ def test_one_tensor(case):
     x = torch.randn(shape, requires_grad=True)
     total, kept, y = saved(case.ours, x)
     assert total == N
-    if case.name in ("relu", "leaky_relu", "relu6", "hardtanh", "sigmoid", "tanh"):
+    if case.name in ("relu", "sigmoid", "tanh"):
         assert y.data_ptr() in kept  # the result, which the next layer keeps anyway
     if case.name.startswith(("softmax", "log_softmax", "softmin")):
         assert y.data_ptr() in kept
@@ -64,7 +64,21 @@ def test_linear_act_dropout_keeps_one_intermediate(name, p):
     x, w, b = (torch.randn(s, requires_grad=True) for s in ((64, 16), (32, 16), (32,)))
     total, kept, y = saved(lambda *a: J.linear_act_dropout(*a, name, p), x, w, b)
     assert total == (64 + 32) * 16 * 4 + N + (8 if p else 0)
-    assert (y.data_ptr() in kept) == (name == "relu" or (name == "tanh" and p == 0))
+    assert (y.data_ptr() in kept) == (name in ("relu", "tanh") and p == 0)
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_linear_keeps_what_its_gradients_need(needs):
+    """A frozen weight, as in LoRA, keeps no input; a first layer keeps no weight."""
+    x, w, b = (
+        torch.randn(s, requires_grad=bool(n))
+        for s, n in zip(((64, 16), (32, 16), (32,)), needs, strict=True)
+    )
+    wanted = {w.data_ptr()} if needs[0] else {x.data_ptr()} if needs[1] else set()
+    assert saved(J.linear, x, w, b)[1].keys() == wanted
+    for name in ("gelu", "relu", "identity"):
+        kept = saved(lambda *a: J.linear_act_dropout(*a, name), x, w, b)[1].keys()  # noqa: B023
+        assert kept & {x.data_ptr(), w.data_ptr()} == wanted
 
 
 def test_nothing_kept_without_grad():

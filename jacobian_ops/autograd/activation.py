@@ -18,14 +18,23 @@ from .rule import Rule, define, define_inplace, front
 _PIECEWISE_LINEAR = {"identity", "relu", "leaky_relu", "hardtanh", "hardsigmoid"}
 
 
-def from_output(f: str, params, p: float) -> str | None:
-    """The function to differentiate at ``y`` instead of ``f`` at ``x``; None if x is needed."""
-    if f in ("identity", "relu") or (f == "leaky_relu" and params[0] > 0):
-        return f  # only the sign counts, which the dropout scale keeps
-    if p == 0.0:
-        # hardtanh is the identity between its bounds and flat outside, bounds included.
-        return {"hardtanh": "hardtanh", "sigmoid": "sigmoid_y", "tanh": "tanh_y"}.get(f)
-    return None
+_OF_RESULT = {"relu": "relu", "sigmoid": "sigmoid_y", "tanh": "tanh_y"}
+
+
+def from_result(f: str, p: float) -> str | None:
+    """The function to differentiate at ``y`` instead of ``f`` at ``x``; None if x is kept.
+
+    The same as native ops keep: a program may overwrite the other one of x and y.
+    """
+    return _OF_RESULT.get(f) if p == 0.0 else None
+
+
+def survives_overwriting(f: str, params) -> bool:
+    """Whether the derivative can be had where only ``y`` is left, in place of ``x``.
+
+    leaky_relu keeps the sign, and hardtanh is flat where it has put a bound.
+    """
+    return f in _OF_RESULT or f == "hardtanh" or (f == "leaky_relu" and params[0] > 0)
 
 
 def _act(f, params):
@@ -59,13 +68,13 @@ class Activation(Rule):
     def fake(x, seed, *_):
         return _fake(x, seed)
 
-    def save(args, y):
+    def save(args, y, needs):
         x, seed, f, params, p = args
-        return (x if from_output(f, params, p) is None else y), seed
+        return (y if from_result(f, p) else x), seed
 
     def vjp(saved, consts, needs, gy):
         (s, seed), (f, params, p) = saved, consts
-        return activation_vjp(s, gy, seed, from_output(f, params, p) or f, params, p, 1), None
+        return activation_vjp(s, gy, seed, from_result(f, p) or f, params, p, 1), None
 
     def jvp(primals, y, tangents):
         x, *rest = primals
@@ -90,7 +99,7 @@ class ActivationVjp(Rule):
     def fake(x, gy, seed, *_):
         return _fake(x, seed)
 
-    def save(args, gx):
+    def save(args, gx, needs):
         return args[:3]
 
     def vjp(saved, consts, needs, h):
@@ -130,7 +139,7 @@ class ActivationJvp(Rule):
     def fake(x, tx, seed, *_):
         return _fake(x, seed), _fake(x, seed)
 
-    def save(args, out):
+    def save(args, out, needs):
         return args[:3]
 
     def vjp(saved, consts, needs, gy, gty):

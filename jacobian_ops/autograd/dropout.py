@@ -23,7 +23,7 @@ class Dropout(Rule):
     def kernel(x, seed, p, out=None):
         return kernels.dropout(x, p, seed, out=out)
 
-    def save(args, y):
+    def save(args, y, needs):
         return (args[1],)
 
     def vjp(saved, consts, needs, gy):
@@ -45,7 +45,7 @@ class DropoutAdd(Rule):
     def kernel(x, residual, seed, p):
         return kernels.dropout_add(x, residual, p, seed)
 
-    def save(args, y):
+    def save(args, y, needs):
         return (args[2],)
 
     def vjp(saved, consts, needs, gy):

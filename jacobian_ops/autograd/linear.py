@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from .. import kernels
 from ..kernels._arguments import linear_result
-from .activation import activation_jvp, activation_vjp, from_output
+from .activation import activation_jvp, activation_vjp, from_result
+from .dropout import dropout
 from .rule import Rule, define, front
 
 
@@ -24,6 +25,10 @@ def _add(*terms):
 def _product(x, weight):
     """``x W^T``, or None when either is absent."""
     return None if x is None or weight is None else linear(x, weight, None)
+
+
+def _transposed(t):
+    return None if t is None else t.mT
 
 
 def _tangent(x, weight, tx, tweight, tbias):
@@ -48,14 +53,15 @@ class Linear(Rule):
     def fake(x, weight, bias):
         return linear_result(x, weight)
 
-    def save(args, y):
-        return args[:2]
+    def save(args, y, needs):
+        x, weight, _ = args
+        return x if needs[1] else None, weight if needs[0] else None
 
     def vjp(saved, consts, needs, gy):
         x, weight = saved
         return (
-            linear(gy, weight.mT, None) if needs[0] else None,
-            linear(gy.mT, x.mT, None) if needs[1] else None,
+            _product(gy, _transposed(weight)) if needs[0] else None,
+            _product(gy.mT, _transposed(x)) if needs[1] else None,
             column_sum(gy) if needs[2] else None,
         )
 
@@ -87,16 +93,18 @@ class LinearJvp(Rule):
     def fake(x, weight, *_):
         return linear_result(x, weight), linear_result(x, weight)
 
-    def save(args, out):
+    def save(args, out, needs):
         x, weight, _, tx, tweight, _ = args
-        return x, weight, tx, tweight
+        return (
+            x if needs[1] or needs[4] else None,
+            weight if needs[0] or needs[3] else None,
+            tx if needs[1] else None,
+            tweight if needs[0] else None,
+        )
 
     def vjp(saved, consts, needs, gy, gty):
         x, weight, tx, tweight = saved
-        gyT = None if gy is None else gy.mT
-        gtyT = None if gty is None else gty.mT
-        weightT, tweightT = weight.mT, None if tweight is None else tweight.mT
-        xT, txT = x.mT, None if tx is None else tx.mT
+        gyT, gtyT, weightT, tweightT, xT, txT = map(_transposed, (gy, gty, weight, tweight, x, tx))
         return (
             _add(_product(gy, weightT), _product(gty, tweightT)) if needs[0] else None,
             _add(_product(gyT, xT), _product(gtyT, txT)) if needs[1] else None,
@@ -130,6 +138,20 @@ class ColumnSum(Rule):
         return x.sum(-2)
 
 
+def _kept(f, params, p, out):
+    """What the activation is differentiated at: the result, z, or None where neither is there."""
+    y, z = out
+    return y if from_result(f, p) else z if z.numel() == y.numel() and f != "identity" else None
+
+
+def _through(g, s, x, weight, bias, seed, f, params, p):
+    """``m * f'(z) * g``, with z computed again if ``s`` is None."""
+    if f == "identity":
+        return g if seed is None else dropout(g, seed, p)
+    s = linear(x, weight, bias) if s is None else s
+    return activation_vjp(s, g, seed, from_result(f, p) or f, params, p, 1)
+
+
 class LinearActDropout(Rule):
     """y = m * f(z) and z = x W^T + b, which is empty unless kept for the derivative.
 
@@ -149,17 +171,17 @@ class LinearActDropout(Rule):
     def fake(x, weight, bias, seed, f, params, p, keep_z):
         return linear_result(x, weight), linear_result(x, weight) if keep_z else x.new_empty(0)
 
-    def save(args, out):
+    def save(args, out, needs):
         x, weight, bias, seed, f, params, p, keep_z = args
-        if from_output(f, params, p):
-            return x, weight, None, seed, out[0]
-        return (x, weight, None, seed, out[1]) if keep_z else (x, weight, bias, seed, None)
+        s = _kept(f, params, p, out)
+        if s is None and f != "identity":  # z is computed again
+            return x, weight, bias, seed, None
+        return x if needs[1] else None, weight if needs[0] else None, None, seed, s
 
     def vjp(saved, consts, needs, gy, gz):
         (x, weight, bias, seed, s), (f, params, p, keep_z) = saved, consts
         if gy is not None:
-            s = linear(x, weight, bias) if s is None else s
-            gy = activation_vjp(s, gy, seed, from_output(f, params, p) or f, params, p, 1)
+            gy = _through(gy, s, x, weight, bias, seed, f, params, p)
         gz = _add(gy, gz if keep_z else None)
         if gz is None:
             return (None,) * 4
@@ -168,9 +190,8 @@ class LinearActDropout(Rule):
     def jvp(primals, out, tangents):
         x, weight, bias, seed, f, params, p, keep_z = primals
         tz = _tangent(x, weight, *tangents[:3])
-        form = from_output(f, params, p)
-        s = out[0] if form else out[1] if keep_z else linear(x, weight, bias)
-        ty = activation_vjp(s, tz, seed, form or f, params, p, 1)
+        s = _kept(f, params, p, out)
+        ty = _through(tz, s, x, weight, bias, seed, f, params, p)
         return ty, tz if keep_z else None
 
     def dual(primals, tangents):

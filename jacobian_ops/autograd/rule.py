@@ -49,8 +49,9 @@ class Rule:
     A subclass defines ``kernel`` and ``fake`` (same arguments as the op), ``vmap`` where the
     default (batch dimension moved to the front of every tensor) does not fit, and either
 
-    * ``save(args, out) -> tensors``, ``vjp(saved, consts, needs, *gy) -> one gradient a tensor
-      argument``, ``jvp(primals, out, tangents) -> tangents of the outputs`` and
+    * ``save(args, out, needs) -> tensors``, what the VJP of the arguments in ``needs`` takes,
+      ``vjp(saved, consts, needs, *gy) -> one gradient a tensor argument``,
+      ``jvp(primals, out, tangents) -> tangents of the outputs`` and
       ``dual(primals, tangents) -> (out, tangents)``; absent tangents and cotangents are None; or
     * ``composite(*args)``: the same value from differentiable ops, used instead as soon as a
       derivative is asked for.  That ends the chain of derivatives of derivatives.
@@ -85,7 +86,9 @@ def plain(tensors) -> bool:
         or _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
         or forward_ad._current_level >= 0
-        or _C._get_tracing_state() is not None  # torch.jit.trace sees dispatcher ops only
+        # torch.jit.trace and make_fx(pre_dispatch=True) see dispatcher ops only.
+        or _C._get_tracing_state() is not None
+        or _C._dispatch_tls_is_dispatch_key_included(_C.DispatchKey.PreDispatch)
     ):
         return False
     for t in tensors:
@@ -189,7 +192,7 @@ def _function(rule, base, forward, tensors):
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         ctx.consts = inputs[tensors:]
-        ctx.save_for_backward(*rule.save(inputs, output))
+        ctx.save_for_backward(*rule.save(inputs, output, ctx.needs_input_grad))
         # Held during this call only, and only for jvp.
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.save_for_forward(*inputs[:tensors], *outputs)

@@ -46,7 +46,7 @@ class Softmax(_Rows):
     def kernel(x, dim, scale):
         return kernels.softmax(x, dim, scale=scale)
 
-    def save(args, y):
+    def save(args, y, needs):
         return (y,)
 
     def vjp(saved, consts, needs, gy):
@@ -68,7 +68,7 @@ class SoftmaxVjp(_Rows):
     def kernel(y, gy, dim, scale):
         return kernels.softmax_vjp(y, gy, dim, scale=scale)
 
-    def save(args, gx):
+    def save(args, gx, needs):
         return args[:2]
 
     def along_y(y, gy, h, dim, scale):
@@ -108,7 +108,7 @@ class SoftmaxJvp(_Rows):
     def kernel(x, tx, dim, scale):
         return kernels.softmax_jvp(x, tx, dim, scale=scale)
 
-    def save(args, out):
+    def save(args, out, needs):
         return out[0], args[1]
 
     def vjp(saved, consts, needs, gy, gty):
@@ -183,7 +183,7 @@ class LogSoftmax(_Rows):
     def kernel(x, dim):
         return kernels.log_softmax(x, dim)
 
-    def save(args, y):
+    def save(args, y, needs):
         return (y,)
 
     def vjp(saved, consts, needs, gy):
@@ -205,7 +205,7 @@ class LogSoftmaxVjp(_Rows):
     def kernel(y, gy, dim):
         return kernels.log_softmax_vjp(y, gy, dim)
 
-    def save(args, gx):
+    def save(args, gx, needs):
         return args[:2]
 
     def vjp(saved, consts, needs, h):
@@ -246,7 +246,7 @@ class LogSoftmaxJvp(_Rows):
     def kernel(x, tx, dim):
         return kernels.log_softmax_jvp(x, tx, dim)
 
-    def save(args, out):
+    def save(args, out, needs):
         return out[0], args[1]
 
     def vjp(saved, consts, needs, gy, gty):
@@ -322,7 +322,7 @@ class SoftmaxDropout(_Rows):
     def kernel(x, seed, dim, p):
         return kernels.softmax_dropout(x, dim, p, seed)
 
-    def save(args, y):
+    def save(args, y, needs):
         return args[:2]
 
     def vjp(saved, consts, needs, gy):

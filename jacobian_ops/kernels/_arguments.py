@@ -20,8 +20,15 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_tensor(op: str, argument: str, t: Tensor) -> None:
+    """Raise unless ``t`` is a tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {argument} must be Tensor, not {type(t).__name__}")
+
+
 def check_dtype(op: str, argument: str, t: Tensor) -> None:
-    """Raise unless there are kernels for the dtype of ``t``."""
+    """Raise unless ``t`` is a tensor, of a dtype that there are kernels for."""
+    check_tensor(op, argument, t)
     if t.dtype not in _backend.DTYPES:
         raise NotImplementedError(
             f"{op}: {argument} has dtype {name_of(t.dtype)}; allowed: {ALLOWED_DTYPES}"
@@ -29,7 +36,8 @@ def check_dtype(op: str, argument: str, t: Tensor) -> None:
 
 
 def check_same(op: str, first: str, x: Tensor, argument: str, t: Tensor) -> None:
-    """Raise unless ``t`` has the dtype and device of ``x``."""
+    """Raise unless ``t`` is a tensor of the dtype and device of ``x``."""
+    check_tensor(op, argument, t)
     if t.dtype != x.dtype:
         raise RuntimeError(
             f"{op}: {argument} has dtype {name_of(t.dtype)}, {first} has {name_of(x.dtype)}; "
@@ -43,7 +51,12 @@ def check_same(op: str, first: str, x: Tensor, argument: str, t: Tensor) -> None
 
 def check_p(op: str, p: float) -> None:
     """Raise unless ``p`` is a probability."""
-    if not 0.0 <= p <= 1.0:
+    try:
+        allowed = 0.0 <= p <= 1.0
+    except TypeError:
+        kind = type(p).__name__
+        raise TypeError(f"{op}: p, the dropout probability, must be Number, not {kind}") from None
+    if not allowed:
         raise ValueError(
             f"{op}: p, the dropout probability, has to be between 0 and 1, but got {p}"
         )
@@ -56,11 +69,10 @@ def operands(op: str, names: tuple[str, ...], tensors, row_major: bool = False):
     With ``row_major`` it is the logical order, for kernels that count elements.
     """
     x = tensors[0]
-    dtype, device, shape = x.dtype, x.device, x.shape
-    ready = dtype in _backend.DTYPES
-    for t in tensors:
+    ready = isinstance(x, Tensor) and x.dtype in _backend.DTYPES
+    for t in tensors[1:] if ready else ():
         if t is not None and not (
-            t is x or (t.dtype is dtype and t.device == device and t.shape == shape)
+            t.dtype is x.dtype and t.device == x.device and t.shape == x.shape
         ):
             ready = False
             break
@@ -142,9 +154,15 @@ def check_seed(op: str, seed: Tensor, x: Tensor) -> Tensor:
     return seed.contiguous()
 
 
-def seed_tensor(seed: int | Tensor, x: Tensor) -> Tensor:
-    """``seed`` as an int64 tensor on the device of ``x``; an int is taken modulo 2**64."""
-    if isinstance(seed, Tensor):
+def seed_tensor(op: str, seed: int | Tensor | None, p: float, x: Tensor) -> Tensor | None:
+    """``seed`` as an int64 tensor on the device of ``x``, None where nothing is dropped.
+
+    An int is taken modulo 2**64.
+    """
+    check_p(op, p)
+    if seed is None and p != 0.0:
+        raise TypeError(f"{op}: seed is None and p is {p}; dropout needs an int or int64 tensor")
+    if seed is None or isinstance(seed, Tensor):
         return seed
     seed = (int(seed) + 2**63) % 2**64 - 2**63
     return torch.tensor(seed, dtype=torch.int64, device=x.device)
@@ -153,6 +171,8 @@ def seed_tensor(seed: int | Tensor, x: Tensor) -> Tensor:
 def normalize_dim(op: str, dim: int, ndim: int) -> int:
     """``dim`` counted from the front; a tensor without dimensions counts as one of size 1."""
     n = max(ndim, 1)
+    if not isinstance(dim, (int, torch.SymInt)):
+        raise TypeError(f"{op}: dim must be int, not {type(dim).__name__}")
     if not -n <= dim < n:
         raise IndexError(
             f"{op}: dim is {dim}; Dimension out of range (expected to be in range of "
@@ -174,8 +194,11 @@ def arrays_too(kernel):
     def call(*args, **kwargs):
         if args and isinstance(args[0], Tensor):
             return kernel(*args, **kwargs)
-        if not any(isinstance(a, np.ndarray) for a in (*args, *kwargs.values())):
+        if not any(isinstance(a, np.ndarray) for a in _flat((*args, *kwargs.values()))):
             return kernel(*args, **kwargs)
+        for a in _flat(kwargs.get("out")):
+            if isinstance(a, np.ndarray) and not a.flags.writeable:
+                raise ValueError(f"{kernel.__name__}: out is a read-only array")
         result = kernel(*map(_from_array, args), **{k: _from_array(v) for k, v in kwargs.items()})
         if isinstance(result, tuple):
             return tuple(None if r is None else r.numpy() for r in result)
@@ -184,7 +207,14 @@ def arrays_too(kernel):
     return call
 
 
+def _flat(a):
+    """The items of a tuple, and of the tuples in it."""
+    return [b for item in a for b in _flat(item)] if isinstance(a, tuple) else [a]
+
+
 def _from_array(a):
+    if isinstance(a, tuple):
+        return tuple(map(_from_array, a))
     if not isinstance(a, np.ndarray):
         return a
     with warnings.catch_warnings():  # a read-only array is only read

@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _backend
-from ._arguments import arrays_too, check_p, check_seed, operands, output, seed_tensor
+from ._arguments import arrays_too, check_dtype, check_seed, operands, output, seed_tensor
 
 
 class Activation(NamedTuple):
@@ -44,6 +46,7 @@ _MAKERS = {
     "logsigmoid": lambda: Activation("logsigmoid"),
 }
 NAMES = tuple(_MAKERS)
+_NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
 MAX_ORDER = 3
 
 
@@ -51,11 +54,14 @@ def resolve(op: str, name: str | Activation, **params: float) -> Activation:
     """The function and parameters behind a public name."""
     if isinstance(name, Activation):
         return name
-    maker = _MAKERS.get(name)
+    maker = _MAKERS.get(name) if isinstance(name, str) else None
     if maker is None:
         raise ValueError(f"{op}: unknown activation {name!r}; allowed: {', '.join(NAMES)}")
     if name == "celu" and params.get("alpha") == 0:
         raise RuntimeError(f"{op}: ZeroDivisionError: alpha is 0; celu divides by it")
+    for key, value in params.items():
+        if type(value) is not float and not isinstance(value, _NUMBERS):
+            raise TypeError(f"{op}: {key} must be Number, not {type(value).__name__}")
     try:
         return maker(**params)
     except TypeError as e:
@@ -64,7 +70,11 @@ def resolve(op: str, name: str | Activation, **params: float) -> Activation:
 
 @functools.lru_cache(maxsize=256)
 def _native_act(f: Activation):
-    return _backend.ACTIVATION_CODES[f.function], *f.params, *(0.0,) * (3 - len(f.params))
+    code = _backend.ACTIVATION_CODES.get(f.function)
+    if code is None:
+        allowed = ", ".join(_backend.ACTIVATION_CODES)
+        raise ValueError(f"activation: unknown function {f.function!r}; allowed: {allowed}")
+    return code, *f.params, *(0.0,) * (3 - len(f.params))
 
 
 def _act(op, name, params):
@@ -75,9 +85,9 @@ def _run(op, names, tensors, out, name, params, seed, p, order=None):
     """Check, allocate ``out`` (a tuple, possibly of None) in the common layout, run ``op``."""
     act = _act(op, name, params)
     mask = None
-    if seed is not None and p != 0.0:
-        check_p(op, p)
-        seed = check_seed(op, seed_tensor(seed, tensors[0]), tensors[0])
+    if p != 0.0:
+        check_dtype(op, names[0], tensors[0])
+        seed = check_seed(op, seed_tensor(op, seed, p, tensors[0]), tensors[0])
         mask = _backend.mask(seed, p)
     tensors = operands(op, names, tensors, row_major=mask is not None)
     x = tensors[0]

@@ -13,15 +13,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _backend
-from ._arguments import arrays_too, check_p, check_seed, operands, output, seed_tensor
+from ._arguments import arrays_too, check_dtype, check_seed, operands, output, seed_tensor
 
 
 @arrays_too
 def dropout(x: Tensor, p: float, seed, *, out=None) -> Tensor:
     """``y = m * x``; contiguous, of the shape and dtype of ``x``."""
     op = "dropout"
-    check_p(op, p)
-    seed = check_seed(op, seed_tensor(seed, x), x)
+    check_dtype(op, "x", x)
+    seed = check_seed(op, seed_tensor(op, seed, p, x), x)
     (x,) = operands(op, ("x",), (x,), row_major=True)
     y = output(op, out, x)
     if x.numel():
@@ -50,8 +50,8 @@ def dropout_jvp(x: Tensor, tx: Tensor, p: float, seed) -> tuple[Tensor, Tensor]:
 def dropout_add(x: Tensor, residual: Tensor, p: float, seed, *, out=None) -> Tensor:
     """``y = residual + m * x`` in one pass: the Jacobian of a residual block, ``I + diag(m)``."""
     op = "dropout_add"
-    check_p(op, p)
-    seed = check_seed(op, seed_tensor(seed, x), x)
+    check_dtype(op, "x", x)
+    seed = check_seed(op, seed_tensor(op, seed, p, x), x)
     x, residual = operands(op, ("x", "residual"), (x, residual), row_major=True)
     y = output(op, out, x)
     if x.numel():

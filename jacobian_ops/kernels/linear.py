@@ -14,7 +14,6 @@ from .. import _backend
 from ._arguments import (
     arrays_too,
     check_dtype,
-    check_p,
     check_same,
     check_seed,
     linear_result,
@@ -55,7 +54,7 @@ def _matrix(t):
     if t is None:
         return None
     t = t.resolve_neg()
-    return t.reshape(-1, *t.shape[-2:]) if t.dim() > 3 else t
+    return t.flatten(0, -3) if t.dim() > 3 else t
 
 
 def _line(t):
@@ -69,15 +68,26 @@ def _described(t, describe):
 
 def _mask_seed(op, seed, p, x):
     """The seeds of the matrices of ``x``, or None where nothing is dropped."""
+    seed = seed_tensor(op, seed, p, x)
     if seed is None or p == 0.0:
         return None
-    seed = seed_tensor(seed, x)
     if seed.shape != x.shape[:-2]:
         raise RuntimeError(
             f"{op}: seed has shape {list(seed.shape)}; it must be {list(x.shape[:-2])}, "
             "one for each matrix"
         )
     return check_seed(op, seed, x)
+
+
+def _overlap(a, b):
+    """Whether two tensors may share memory, by the ranges that they reach."""
+
+    def reach(t):
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+    (a0, a1), (b0, b1) = reach(a), reach(b)
+    return a.numel() > 0 and b.numel() > 0 and a0 < b1 and b0 < a1
 
 
 def _product(op, x, weight, bias, y, accumulate):
@@ -110,9 +120,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out=None) -
     """
     _check("linear", "x weight bias", x, weight, bias)
     y = linear_result(x, weight)
-    return _product(
-        "linear", x, weight, bias, y if out is None else output("linear", out, y), False
-    )
+    if out is not None:
+        y = output("linear", out, y)
+        for name, t in (("x", x), ("weight", weight), ("bias", bias)):
+            if t is not None and _overlap(y, t):
+                raise RuntimeError(
+                    f"linear: out overlaps {name}, which is read while it is written"
+                )
+    return _product("linear", x, weight, bias, y, False)
 
 
 @arrays_too
@@ -199,12 +214,11 @@ def linear_act_dropout(
     """
     op = "linear_act_dropout"
     _check(op, "x weight bias", x, weight, bias)
-    check_p(op, p)
     act = _act(op, name, params)
     y = linear_result(x, weight)
     z = torch.empty_like(y) if keep_z else None
+    seed = _mask_seed(op, seed, p, x)
     if y.numel():
-        seed = _mask_seed(op, seed, p, x)
         x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
         _backend.for_device(op, "x", x.device).linear_act_dropout(
             _backend.matrix(x),
@@ -237,7 +251,6 @@ def linear_act_dropout_jvp(
     ``ty = m * f'(z) * tz`` with ``tz`` of :func:`linear_jvp`; an absent tangent is None.
     """
     op = "linear_act_dropout_jvp"
-    check_p(op, p)
     act = _act(op, name, params)
     return _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed)
 
@@ -254,8 +267,8 @@ def _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed):
                     "its primal"
                 )
     y, ty = linear_result(x, weight), linear_result(x, weight)
+    seed = _mask_seed(op, seed, p, x)
     if y.numel():
-        seed = _mask_seed(op, seed, p, x)
         x, weight, tx, tweight = map(_matrix, (x, weight, tx, tweight))
         bias, tbias = _line(bias), _line(tbias)
         _backend.for_device(op, "x", x.device).linear_act_dropout_jvp(

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _backend
 from ._arguments import (
     arrays_too,
-    check_p,
+    check_dtype,
     check_seed,
     normalize_dim,
     operands,
@@ -24,13 +24,17 @@ from ._arguments import (
 )
 
 
-def _run(op, names, tensors, out, dim, scale=1.0, seed=None, p=0.0):
-    """Check, allocate ``out`` (a tuple, possibly of None) and call the kernel named ``op``."""
+def _run(op, names, tensors, out, dim, scale=1.0, seed=None, p=None):
+    """Check, allocate ``out`` (a tuple, possibly of None) and call the kernel named ``op``.
+
+    Kernels with a mask get a ``p``, which may be 0.
+    """
+    check_dtype(op, names[0], tensors[0])
     dim = normalize_dim(op, dim, tensors[0].dim())
     masks = ()
-    if seed is not None:
-        check_p(op, p)
-        seed = check_seed(op, seed_tensor(seed, tensors[0]), tensors[0])
+    if p is not None:
+        seed = seed_tensor(op, seed, p, tensors[0])
+        seed = None if seed is None else check_seed(op, seed, tensors[0])
         masks = (_backend.mask(seed, p),)
     tensors = operands(op, names, tensors, row_major=True)
     out = tuple(output(op, o, tensors[0]) for o in out)
