@@ -19,12 +19,14 @@ DTYPES = {getattr(torch, name): code for name, code in _cpu.dtypes().items()}
 ACTIVATION_CODES = _cpu.activations()
 
 
-def for_device(op: str, argument: str, device: torch.device):
-    """The backend of ``device``; a device that nothing was built for raises."""
-    backend = BACKENDS.get(device.type)
+def of(op: str, argument: str, t: Tensor):
+    """The backend of the device of ``t``; a device that nothing was built for raises."""
+    if t.is_cpu:
+        return _cpu
+    backend = BACKENDS.get(t.device.type)
     if backend is None:
         raise NotImplementedError(
-            f"{op}: {argument} is on device {device}; this build of jacobian_ops has kernels for "
+            f"{op}: {argument} is on device {t.device}; this build of jacobian_ops has kernels for "
             f"{', '.join(BACKENDS)}"
         )
     return backend
@@ -37,11 +39,17 @@ def buffer(t: Tensor):
 
 def matrix(t: Tensor):
     """A tensor (rows, cols) or (batch, rows, cols) of any strides, with its reachable extent."""
-    shape, stride = t.shape, t.stride()
-    if len(shape) == 2:
-        shape, stride = (1, *shape), (0, *stride)
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if t.numel() else 0
-    return t.data_ptr(), extent, DTYPES[t.dtype], *shape, *stride
+    if t.dim() == 2:
+        batch, batch_stride = 1, 0
+        (rows, cols), (row_stride, col_stride) = t.shape, t.stride()
+    else:
+        (batch, rows, cols), (batch_stride, row_stride, col_stride) = t.shape, t.stride()
+    extent = 0
+    if batch and rows and cols:
+        last = (batch - 1) * batch_stride + (rows - 1) * row_stride + (cols - 1) * col_stride
+        extent = 1 + last
+    strides = batch_stride, row_stride, col_stride
+    return t.data_ptr(), extent, DTYPES[t.dtype], batch, rows, cols, *strides
 
 
 def mask(seed: Tensor | None, p: float):

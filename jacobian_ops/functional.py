@@ -81,7 +81,7 @@ def _ours(op: str, input: Tensor) -> bool:
     if input.dtype not in _backend.DTYPES or input.layout is not torch.strided or input.is_nested:
         return False
     if not (input.is_cpu or input.is_meta):
-        _backend.for_device(op, "input", input.device)
+        _backend.of(op, "input", input)
     return True
 
 

@@ -93,7 +93,7 @@ def _run(op, names, tensors, out, name, params, seed, p, order=None):
     x = tensors[0]
     out = [output(op, o, x) for o in out]
     if x.numel():
-        kernel = getattr(_backend.for_device(op, names[0], x.device), op)
+        kernel = getattr(_backend.of(op, names[0], x), op)
         buffers = [None if t is None else _backend.buffer(t) for t in (*tensors, *out)]
         if order is None:
             kernel(act, *buffers, mask, _backend.threads())

@@ -25,7 +25,7 @@ def dropout(x: Tensor, p: float, seed, *, out=None) -> Tensor:
     (x,) = operands(op, ("x",), (x,), row_major=True)
     y = output(op, out, x)
     if x.numel():
-        _backend.for_device(op, "x", x.device).dropout(
+        _backend.of(op, "x", x).dropout(
             _backend.buffer(x),
             _backend.buffer(y),
             _backend.mask(seed, p),
@@ -55,7 +55,7 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, seed, *, out=None) -> Ten
     x, residual = operands(op, ("x", "residual"), (x, residual), row_major=True)
     y = output(op, out, x)
     if x.numel():
-        _backend.for_device(op, "x", x.device).dropout_add(
+        _backend.of(op, "x", x).dropout_add(
             _backend.buffer(x),
             _backend.buffer(residual),
             _backend.buffer(y),

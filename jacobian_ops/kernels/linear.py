@@ -53,13 +53,16 @@ def _matrix(t):
     """``t`` with at most one batch dimension and strides that native code takes; None stays."""
     if t is None:
         return None
-    t = t.resolve_neg()
+    if t.is_neg():
+        t = t.resolve_neg()
     return t.flatten(0, -3) if t.dim() > 3 else t
 
 
 def _line(t):
     """A bias as one run of memory; None stays."""
-    return None if t is None else t.resolve_neg().contiguous()
+    if t is None or (t.is_contiguous() and not t.is_neg()):
+        return t
+    return t.resolve_neg().contiguous()
 
 
 def _described(t, describe):
@@ -90,16 +93,16 @@ def _overlap(a, b):
     return a.numel() > 0 and b.numel() > 0 and a0 < b1 and b0 < a1
 
 
-def _product(op, x, weight, bias, y, accumulate):
-    """``y (+)= x W^T + b`` on checked arguments; ``y`` is contiguous."""
+def _product(op, x, weight, bias, y):
+    """``y = x W^T + b`` on checked arguments; ``y`` is contiguous."""
     if y.numel():
         x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
-        _backend.for_device(op, "x", x.device).linear(
+        _backend.of(op, "x", x).linear(
             _backend.matrix(x),
             _backend.matrix(weight),
             _described(bias, _backend.buffer),
             _backend.matrix(_matrix(y)),
-            accumulate,
+            False,
             _backend.threads(),
         )
     return y
@@ -127,7 +130,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out=None) -
                 raise RuntimeError(
                     f"linear: out overlaps {name}, which is read while it is written"
                 )
-    return _product("linear", x, weight, bias, y, False)
+    return _product("linear", x, weight, bias, y)
 
 
 @arrays_too
@@ -140,7 +143,7 @@ def column_sum(x: Tensor) -> Tensor:
     y = x.new_empty((*x.shape[:-2], x.shape[-1]))
     if y.numel():
         x = _matrix(x)
-        _backend.for_device(op, "x", x.device).column_sum(
+        _backend.of(op, "x", x).column_sum(
             _backend.matrix(x), _backend.buffer(y), _backend.threads()
         )
     return y
@@ -220,7 +223,7 @@ def linear_act_dropout(
     seed = _mask_seed(op, seed, p, x)
     if y.numel():
         x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
-        _backend.for_device(op, "x", x.device).linear_act_dropout(
+        _backend.of(op, "x", x).linear_act_dropout(
             _backend.matrix(x),
             _backend.matrix(weight),
             _described(bias, _backend.buffer),
@@ -271,7 +274,7 @@ def _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed):
     if y.numel():
         x, weight, tx, tweight = map(_matrix, (x, weight, tx, tweight))
         bias, tbias = _line(bias), _line(tbias)
-        _backend.for_device(op, "x", x.device).linear_act_dropout_jvp(
+        _backend.of(op, "x", x).linear_act_dropout_jvp(
             _backend.matrix(x),
             _backend.matrix(weight),
             _described(bias, _backend.buffer),
