@@ -373,12 +373,12 @@ void products(Check& check, const Matrix& x, const Matrix& w, const Buffer& bias
   }
 }
 
-void linear(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y, bool accumulate,
+void linear(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
             const Exec& exec) {
   Check check("linear", exec);
   products(check, x, w, bias, y);
   if (Check::empty(y)) return;
-  run.linear(x, w, bias, y, accumulate, exec);
+  run.linear(x, w, bias, y, exec);
 }
 
 void linear_act_dropout(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,

@@ -123,7 +123,7 @@ struct Kernels {
                               const Buffer& ty, const Mask&, const Exec&);
 
   void (*linear)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
-                 bool accumulate, const Exec&);
+                 const Exec&);
   void (*linear_act_dropout)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
                              const Matrix& z, const Act&, const Mask&, const Exec&);
   // With the tangents of x, w and bias, any of which may be absent.

@@ -144,23 +144,23 @@ BAD = {
     "null seed": lambda: _cpu.dropout((PTR, 8, F32), (PTR, 8, F32), (0.5, 0, 1), 1),
     "seeds do not divide": lambda: _cpu.dropout((PTR, 8, F32), (PTR, 8, F32), (0.5, PTR, 3), 1),
     "matrix beyond its memory": lambda: _cpu.linear(
-        matrix(2, 3, extent=5), matrix(4, 3), None, matrix(2, 4), False, 1
+        matrix(2, 3, extent=5), matrix(4, 3), None, matrix(2, 4), 1
     ),
     "strides beyond its memory": lambda: _cpu.linear(
-        matrix(2, 3, extent=6, row_stride=100), matrix(4, 3), None, matrix(2, 4), False, 1
+        matrix(2, 3, extent=6, row_stride=100), matrix(4, 3), None, matrix(2, 4), 1
     ),
     "inner sizes differ": lambda: _cpu.linear(
-        matrix(2, 3), matrix(4, 2), None, matrix(2, 4), False, 1
+        matrix(2, 3), matrix(4, 2), None, matrix(2, 4), 1
     ),
-    "wrong output": lambda: _cpu.linear(matrix(2, 3), matrix(4, 3), None, matrix(2, 5), False, 1),
+    "wrong output": lambda: _cpu.linear(matrix(2, 3), matrix(4, 3), None, matrix(2, 5), 1),
     "short bias": lambda: _cpu.linear(
-        matrix(2, 3), matrix(4, 3), (PTR, 3, F32), matrix(2, 4), False, 1
+        matrix(2, 3), matrix(4, 3), (PTR, 3, F32), matrix(2, 4), 1
     ),
     "null weight": lambda: _cpu.linear(
-        matrix(2, 3), matrix(4, 3, ptr=0), None, matrix(2, 4), False, 1
+        matrix(2, 3), matrix(4, 3, ptr=0), None, matrix(2, 4), 1
     ),
     "overlapping output rows": lambda: _cpu.linear(
-        matrix(2, 3), matrix(4, 3), None, matrix(2, 4, extent=8, row_stride=0), False, 1
+        matrix(2, 3), matrix(4, 3), None, matrix(2, 4, extent=8, row_stride=0), 1
     ),
     "extents overflow": lambda: _cpu.column_sum(
         (PTR, 64, F32, (2**64 + 2) // 3, 0, 3, 0, 0, 0), (PTR, 2, F32), 1
@@ -168,7 +168,7 @@ BAD = {
     "inner size overflows": lambda: _cpu.linear(
         (PTR, 1, F32, 1, 2, 2**61, 0, 0, 0),
         (PTR, 1, F32, 1, 4, 2**61, 0, 0, 0),
-        *(None, matrix(2, 4), False, 1),
+        *(None, matrix(2, 4), 1),
     ),
     "column_sum: short output": lambda: _cpu.column_sum(matrix(2, 3), (PTR, 2, F32), 1),
 }

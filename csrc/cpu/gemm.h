@@ -34,6 +34,7 @@ struct Fma {
   using Compute = A;
   using Packed = A;
   struct Session {};                           // held by a thread while it takes products
+  static constexpr bool kWalks = true;         // packs adjacent lines in one walk along k
   static constexpr int kStep = 1;              // successive k in one packed number
   static constexpr std::int64_t kPass = 1024;  // k that a block is packed for at once
   static constexpr int kRows = kTileRows, kCols = kTileVectors * Vec<A>::kLanes;
@@ -62,7 +63,7 @@ struct Fma {
   template <class T>
   static JOPS_HD void convert(const T* p, std::int64_t n, A* to) {
     if constexpr (std::is_same_v<T, A>) {
-      for (std::int64_t i = 0; i < n; ++i) to[i] = p[i];
+      std::memcpy(to, p, n * sizeof(A));
     } else {
       constexpr int kLanes = Vec<A>::kLanes;
       std::int64_t i = 0;
@@ -78,6 +79,7 @@ struct Bf16Pairs {
   using Compute = float;
   using Packed = std::uint32_t;
   struct Session {};
+  static constexpr bool kWalks = true;
   static constexpr int kStep = 2;
   static constexpr std::int64_t kPass = 1024;
   static constexpr int kRows = kTileRows, kCols = kTileVectors * Vec<float>::kLanes;
@@ -126,6 +128,7 @@ struct Bf16Squares {
   static constexpr int kStep = 32, kSquare = 16;
   static constexpr std::int64_t kPass = 4096;  // sums of a pass cost more beside faster products
   static constexpr int kRows = 2 * kSquare, kCols = 2 * kSquare;
+  static constexpr bool kWalks = false;  // a square takes whole cache lines either way
 
   // Shapes of the tile registers, all whole squares. Others may set their own before and after.
   struct Session {
@@ -222,11 +225,21 @@ JOPS_HD void store_n_or_all(A* to, V a, int n) {
     store_n(to, a, n);
 }
 
-// tile (+)= panel of x times panel of w over `steps` packed numbers. `tile` is row-major.
+// Rows of a tile in memory: where its sums come from and go to.
+template <class A>
+struct TileRows {
+  A* data = nullptr;
+  std::int64_t stride = 0;  // 0: the same row for all
+  bool streams = false;     // written past the caches; data is aligned to whole vectors then
+};
+
+// to = from + panel of x times panel of w over `steps` packed numbers; without `from`, its data
+// null, the product alone.
 template <class P>
 __attribute__((noinline)) void tile_product(const typename P::Packed* x,
                                             const typename P::Packed* w, std::int64_t steps,
-                                            bool accumulate, typename P::Compute* tile) {
+                                            const TileRows<const typename P::Compute>& from,
+                                            const TileRows<typename P::Compute>& to) {
   using V = Vec<typename P::Compute>;
   constexpr int kLanes = V::kLanes, kRows = P::kRows;
   static_assert(kTileVectors == 2 && P::kCols == 2 * kLanes);
@@ -243,25 +256,41 @@ __attribute__((noinline)) void tile_product(const typename P::Packed* x,
       right[i] = P::add_product(a, b1, V(right[i])).v;
     }
   }
+  if (from.data) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-    typename P::Compute* to = tile + i * P::kCols;
-    store(to, accumulate ? load(to) + V(left[i]) : V(left[i]));
-    store(to + kLanes, accumulate ? load(to + kLanes) + V(right[i]) : V(right[i]));
+    for (int i = 0; i < kRows; ++i) {
+      left[i] = (load(from.data + i * from.stride) + V(left[i])).v;
+      right[i] = (load(from.data + i * from.stride + kLanes) + V(right[i])).v;
+    }
+  }
+  if (to.streams) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      stream(to.data + i * to.stride, V(left[i]));
+      stream(to.data + i * to.stride + kLanes, V(right[i]));
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      store(to.data + i * to.stride, V(left[i]));
+      store(to.data + i * to.stride + kLanes, V(right[i]));
+    }
   }
 }
 
 #if defined(__AMX_BF16__)
 template <>
 inline void tile_product<Bf16Squares>(const Bf16Squares::Packed* x, const Bf16Squares::Packed* w,
-                                      std::int64_t steps, bool accumulate, float* tile) {
-  constexpr int kSquare = Bf16Squares::kSquare, kPitch = Bf16Squares::kCols * sizeof(float);
-  float* below = tile + kSquare * Bf16Squares::kCols;
-  if (accumulate) {
-    _tile_loadd(0, tile, kPitch);
-    _tile_loadd(1, tile + kSquare, kPitch);
-    _tile_loadd(2, below, kPitch);
-    _tile_loadd(3, below + kSquare, kPitch);
+                                      std::int64_t steps, const TileRows<const float>& from,
+                                      const TileRows<float>& to) {
+  constexpr int kSquare = Bf16Squares::kSquare;
+  if (from.data) {
+    const auto pitch = static_cast<int>(from.stride * sizeof(float));
+    const float* below = from.data + kSquare * from.stride;
+    _tile_loadd(0, from.data, pitch);
+    _tile_loadd(1, from.data + kSquare, pitch);
+    _tile_loadd(2, below, pitch);
+    _tile_loadd(3, below + kSquare, pitch);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -278,10 +307,12 @@ inline void tile_product<Bf16Squares>(const Bf16Squares::Packed* x, const Bf16Sq
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, tile, kPitch);
-  _tile_stored(1, tile + kSquare, kPitch);
-  _tile_stored(2, below, kPitch);
-  _tile_stored(3, below + kSquare, kPitch);
+  const auto pitch = static_cast<int>(to.stride * sizeof(float));
+  float* below = to.data + kSquare * to.stride;
+  _tile_stored(0, to.data, pitch);
+  _tile_stored(1, to.data + kSquare, pitch);
+  _tile_stored(2, below, pitch);
+  _tile_stored(3, below + kSquare, pitch);
 }
 #endif
 
@@ -352,6 +383,29 @@ void dot_block(const T* a, std::int64_t a_stride, int rows, const T* b, std::int
   }
 }
 
+// Panels of `count` lines that lie side by side in memory: all of them in one walk along k, as each
+// step may be a page of its own.
+template <Operand kOperand, class P, class T>
+void pack_adjacent(P, const T* from, std::int64_t depth_stride, std::int64_t count,
+                   std::int64_t depth, typename P::Packed* to) {
+  constexpr int kWidth = jops::JOPS_ISA::kWidth<P, kOperand>;
+  constexpr std::int64_t kAhead = 8, kLine = 64 / sizeof(T);
+  const std::int64_t steps = (depth + P::kStep - 1) / P::kStep, whole = count / kWidth;
+  const int rest = static_cast<int>(count - whole * kWidth);
+  typename P::Packed* last = to + whole * steps * kWidth;
+  if (rest) std::memset(last, 0, steps * kWidth * sizeof(typename P::Packed));
+  for (std::int64_t s = 0; s < steps; ++s) {
+    const T* p = from + s * P::kStep * depth_stride;
+    const bool second = s * P::kStep + 1 < depth;
+    for (std::int64_t i = 0; i < count; i += kLine) prefetch(p + kAhead * depth_stride + i);
+    for (std::int64_t panel = 0; panel < whole; ++panel) {
+      P::across(p + panel * kWidth, depth_stride, second, kWidth,
+                to + (panel * steps + s) * kWidth);
+    }
+    if (rest) P::across(p + whole * kWidth, depth_stride, second, rest, last + s * kWidth);
+  }
+}
+
 // One panel: `count` lines of an operand, `depth` numbers each, from strided storage.
 template <Operand kOperand, class P, class T>
 void pack_panel(P, const T* from, std::int64_t line_stride, std::int64_t depth_stride, int count,
@@ -362,19 +416,6 @@ void pack_panel(P, const T* from, std::int64_t line_stride, std::int64_t depth_s
   static_assert(sizeof(Packed) == sizeof(typename P::Compute));
   constexpr int kLanes = V::kLanes;
   const std::int64_t steps = (depth + P::kStep - 1) / P::kStep;
-  if (line_stride == 1 && depth_stride != 1) {
-    if (count < kWidth) std::memset(to, 0, steps * kWidth * sizeof(Packed));
-    for (std::int64_t s = 0; s < steps; ++s) {
-      const std::int64_t k = s * P::kStep;
-      const bool second = k + 1 < depth;
-      if (count == kWidth) {  // a constant trip count
-        P::across(from + k * depth_stride, depth_stride, second, kWidth, to + s * kWidth);
-      } else {
-        P::across(from + k * depth_stride, depth_stride, second, count, to + s * kWidth);
-      }
-    }
-    return;
-  }
   // Squares of kLanes lines by kLanes steps, transposed in registers. The last lines of a panel
   // come first: what a vector of them writes past its step is written again.
   constexpr int kGroups = (kWidth + kLanes - 1) / kLanes;

@@ -1,4 +1,4 @@
-// linear: y = x w^T + bias (+ y), of any strides; linear_act_dropout: z = x w^T + bias, y = m f(z);
+// linear: y = x w^T + bias, of any strides; linear_act_dropout: z = x w^T + bias, y = m f(z);
 // their JVPs, which share the packed operands of the primal; column_sum: the bias gradient.
 //
 // Of x and w the operand with fewer lines is packed into panels (gemm.h) ahead, for all threads.
@@ -20,6 +20,7 @@ constexpr std::int64_t kBlockBytes = 384 << 10;  // of a packed block
 constexpr std::int64_t kSumsBytes = 512 << 10;   // of sums that wait for the next pass
 constexpr std::int64_t kAheadBytes = 16 << 20;   // packed ahead at once
 constexpr int kGroup = 8;                        // tiles that share a piece of w in L1
+constexpr std::int64_t kTogether = 4;            // panels that one task packs ahead
 constexpr std::int64_t kDotDepth = 4096;         // k of one visit where w is read in place
 
 template <class N>
@@ -57,13 +58,12 @@ struct Epilogue {
   static constexpr int kLanes = Vec<A>::kLanes;
 
   struct Output {
-    const T* bias = nullptr;
-    T* z = nullptr;  // before the activation
+    const A* bias = nullptr;  // padded to whole tiles; sums start from it
+    T* z = nullptr;           // before the activation
     T* y = nullptr;
   };
   Output primal, tangent;
   std::int64_t y_stride = 0, z_stride = 0, cols = 0;
-  bool accumulate = false;
   bool dual = false;
   bool streams = false;
   ActivationBlock<A> activation = nullptr;
@@ -97,33 +97,38 @@ struct Epilogue {
 
   static constexpr int kMaxWidth = 128;
 
+  // Whether sums are results as they are, so that tiles may be written straight to y.
+  bool plain() const {
+    return std::is_same_v<T, A> && !activation && !activation_jvp && !mask && !primal.z;
+  }
+  // Rows of a whole tile in y, which plain() allows to write to.
+  TileRows<A> rows_in(const Output& out, std::int64_t row, std::int64_t col) const {
+    if constexpr (std::is_same_v<T, A>) {
+      T* to = out.y + row * y_stride + col;
+      const bool aligned =
+          reinterpret_cast<std::uintptr_t>(to) % kVectorBytes == 0 && y_stride % kLanes == 0;
+      return {to, y_stride, streams && aligned};
+    } else {
+      return {};
+    }
+  }
+
  private:
   void before(const Output& out, A* sums, int pitch, std::int64_t row, std::int64_t col, int rows,
               int width) const {
-    if (out.bias) {
-      for (int i = 0; i < rows; ++i) add(sums + i * pitch, out.bias + col, width);
-    }
-    if (out.z) {
-      for (int i = 0; i < rows; ++i) {
-        write(out.z + (row + i) * z_stride + col, sums + i * pitch, width);
-      }
+    if (!out.z) return;
+    for (int i = 0; i < rows; ++i) {
+      write(out.z + (row + i) * z_stride + col, sums + i * pitch, width);
     }
   }
   void after(const Output& out, A* sums, int pitch, std::int64_t row, std::int64_t col, int rows,
              int width) const {
     for (int i = 0; i < rows; ++i) {
-      T* to = out.y + (row + i) * y_stride + col;
-      if (accumulate) add(sums + i * pitch, to, width);
-      write(to, sums + i * pitch, width);
+      write(out.y + (row + i) * y_stride + col, sums + i * pitch, width);
     }
   }
 
   // Whole vectors, and a part of one at the end. Blocks of sums are padded to whole vectors.
-  static JOPS_HD void add(A* s, const T* p, int width) {
-    int j = 0;
-    for (; j + kLanes <= width; j += kLanes) store(s + j, load(s + j) + load(p + j));
-    if (j < width) store(s + j, load(s + j) + load_n(p + j, width - j));
-  }
   static JOPS_HD void multiply(A* s, const A* m, int width) {
     for (int j = 0; j < width; j += kLanes) store(s + j, load(s + j) * load(m + j));
   }
@@ -159,6 +164,13 @@ void pack(const Matrix& a, std::int64_t batch, std::int64_t begin, std::int64_t 
   constexpr int kWidth = jops::JOPS_ISA::kWidth<P, kOperand>;
   const T* from = static_cast<const T*>(a.data) + batch * a.batch_stride + first * a.col_stride;
   const std::int64_t stride = up<std::int64_t>(depth, P::kStep) * kWidth;
+  if constexpr (P::kWalks) {
+    if (a.row_stride == 1 && a.col_stride != 1) {
+      const std::int64_t line = begin * kWidth, last = least<std::int64_t>(end * kWidth, a.rows);
+      pack_adjacent<kOperand>(P(), from + line, a.col_stride, last - line, depth, to);
+      return;
+    }
+  }
   for (std::int64_t panel = begin; panel < end; ++panel) {
     const std::int64_t line = panel * kWidth;
     pack_panel<kOperand>(P(), from + line * a.row_stride, a.row_stride, a.col_stride,
@@ -193,28 +205,54 @@ struct Side {
   }
 };
 
-// Up to kGroup tiles above each other = their panels of x times one panel of w.
+// Where the sums of a group of tiles above each other are made: in `buffer`, tile after tile, and
+// at last in `results`, for the first `straight` tiles, if those are no more than sums. They start
+// from `bias`, if there is one.
+template <class P>
+struct GroupSums {
+  using A = typename P::Compute;
+  static constexpr std::int64_t kTile = P::kRows * P::kCols;
+  A* buffer = nullptr;
+  const A* bias = nullptr;
+  TileRows<A> results;
+  int straight = 0;
+
+  void add(const typename P::Packed* x, const typename P::Packed* w, std::int64_t steps, int tile,
+           bool first, bool last) const {
+    const TileRows<A> kept{buffer + tile * kTile, P::kCols, false};
+    TileRows<A> to = kept;
+    if (last && tile < straight) {
+      to = results;
+      to.data += tile * P::kRows * results.stride;
+    }
+    tile_product<P>(x, w, steps,
+                    first ? TileRows<const A>{bias, 0} : TileRows<const A>{kept.data, kept.stride},
+                    to);
+  }
+};
+
+// Up to kGroup tiles above each other = bias + their panels of x times one panel of w.
 template <class P>
 void group_product(const Panels<P>& x, int tiles, const Panels<P>& w, std::int64_t steps,
-                   typename P::Compute* sums, typename P::Compute* tangents) {
-  constexpr std::int64_t kTile = P::kRows * P::kCols, kSteps = kPiece / P::kStep;
+                   const GroupSums<P>& primal, const GroupSums<P>* tangent) {
+  constexpr std::int64_t kSteps = kPiece / P::kStep;
   std::int64_t first = 0;
-  do {  // once even without any k: the sums are then zeros
+  do {  // once even without any k: the sums are then the bias
     const std::int64_t n = least(steps - first, kSteps);
+    const bool begins = first == 0, ends = first + n >= steps;
     const auto* b = w.value + first * P::kCols;
     for (int i = 0; i < tiles; ++i) {
       const std::int64_t at = i * x.stride + first * P::kRows;
-      const bool add = first > 0;
-      tile_product<P>(x.value + at, b, n, add, sums + i * kTile);
-      if (!tangents) continue;
+      primal.add(x.value + at, b, n, i, begins, ends);
+      if (!tangent) continue;
       if (x.tangent) {
-        tile_product<P>(x.tangent + at, b, n, add, tangents + i * kTile);
+        tangent->add(x.tangent + at, b, n, i, begins, ends && !w.tangent);
       } else if (!w.tangent) {
-        tile_product<P>(x.value + at, b, 0, add, tangents + i * kTile);  // zeros
+        tangent->add(x.value + at, b, 0, i, begins, ends);
       }
       if (w.tangent) {
-        tile_product<P>(x.value + at, w.tangent + first * P::kCols, n, add || x.tangent,
-                        tangents + i * kTile);
+        const auto* tb = w.tangent + first * P::kCols;
+        tangent->add(x.value + at, tb, n, i, begins && !x.tangent, ends);
       }
     }
     first += kSteps;
@@ -285,8 +323,9 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
   Aligned<Packed> ahead_data(ahead_room * ahead.parts() * ahead_steps * ahead.width);
   for (std::int64_t begin = 0; begin < ahead_all; begin += ahead_room) {
     const std::int64_t here = least(ahead_room, ahead_all - begin);
-    parallel(here, threads, [&](std::int64_t i) {
-      ahead.pack_into(ahead_data.data, ahead_room, begin + i, begin + i + 1, i, 0, K);
+    parallel(up(here, kTogether), threads, [&](std::int64_t task) {
+      const std::int64_t i = task * kTogether, last = least(i + kTogether, here);
+      ahead.pack_into(ahead_data.data, ahead_room, begin + i, begin + last, i, 0, K);
     });
     const Panels<P> ahead_panels = ahead.view(ahead_data.data, ahead_room, K);
     std::int64_t split =
@@ -319,7 +358,18 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
           for (std::int64_t j = w0; j < w1; ++j) {
             A* sums = pass_data.data;
             A* tangents = finish.dual ? sums + kGroup * kTile : nullptr;
-            group_product<P>(xs.from(i - x0, 0), tiles, ws.from(j - w0, 0), steps, sums, tangents);
+            const std::int64_t top = i * P::kRows, col = j * P::kCols;
+            const bool straight = passes == 1 && finish.plain() && col + P::kCols <= N;
+            const int written =
+                straight ? static_cast<int>(least<std::int64_t>((M - top) / P::kRows, tiles)) : 0;
+            const auto group = [&](const auto& out, A* buffer) {
+              return GroupSums<P>{buffer, out.bias && number == 0 ? out.bias + col : nullptr,
+                                  written ? finish.rows_in(out, top, col) : TileRows<A>{}, written};
+            };
+            const GroupSums<P> primal = group(finish.primal, sums);
+            const GroupSums<P> tangent = group(finish.tangent, tangents);
+            group_product<P>(xs.from(i - x0, 0), tiles, ws.from(j - w0, 0), steps, primal,
+                             finish.dual ? &tangent : nullptr);
             if (passes > 1) {
               A* total = sums_data.data + ((j - w0) * (x1 - x0) + (i - x0)) * kTile;
               for (int layer = 0; layer < layers; ++layer) {
@@ -330,8 +380,8 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
               sums = total;
               if (tangents) tangents = total + kept;
             }
-            for (int t = 0; t < tiles; ++t) {
-              const std::int64_t row = (i + t) * P::kRows, col = j * P::kCols;
+            for (int t = written; t < tiles; ++t) {
+              const std::int64_t row = (i + t) * P::kRows;
               finish(sums + t * kTile, tangents ? tangents + t * kTile : nullptr, P::kCols, row,
                      col, static_cast<int>(least<std::int64_t>(M - row, P::kRows)),
                      static_cast<int>(least<std::int64_t>(N - col, P::kCols)));
@@ -357,6 +407,12 @@ void few_rows_product(const Operands& o, std::int64_t batch, int threads,
     const std::int64_t col = task * kWidth;
     const int cols = static_cast<int>(least<std::int64_t>(N - col, kWidth));
     alignas(64) A sums[kFewRows * kPitch] = {}, tangents[kFewRows * kPitch] = {};
+    const auto start = [&](const A* bias, A* to) {
+      for (int i = 0; bias && i < M; ++i)
+        std::memcpy(to + i * kPitch, bias + col, cols * sizeof(A));
+    };
+    start(finish.primal.bias, sums);
+    start(finish.tangent.bias, tangents);
     const auto add = [&](const Matrix& x, const Matrix& w, A* to) {
       const T* a = static_cast<const T*>(x.data) + batch * x.batch_stride;
       const T* b = static_cast<const T*>(w.data) + batch * w.batch_stride + col * w.row_stride;
@@ -403,8 +459,7 @@ struct Results {
   Matrix y, ty, z;
 };
 
-void run(const Operands& o, const Results& r, bool accumulate, const Act* act, const Mask& mask,
-         const Exec& exec) {
+void run(const Operands& o, const Results& r, const Act* act, const Mask& mask, const Exec& exec) {
   const Act stored_act = stored(act ? *act : Act{}, r.y.dtype);
   const Operands operands{broadcast(o.x), broadcast(o.w), broadcast(o.tx), broadcast(o.tw)};
   with_storage(r.y.dtype, [&](auto storage) {
@@ -414,7 +469,6 @@ void run(const Operands& o, const Results& r, bool accumulate, const Act* act, c
     finish.y_stride = r.y.row_stride;
     finish.z_stride = r.z.row_stride;
     finish.cols = r.y.cols;
-    finish.accumulate = accumulate;
     finish.dual = r.ty.given();
     finish.streams = should_stream(r.y.batch * r.y.rows * r.y.cols * size_of(r.y.dtype));
     finish.act = &stored_act;
@@ -423,37 +477,43 @@ void run(const Operands& o, const Results& r, bool accumulate, const Act* act, c
       if (finish.dual) finish.activation_jvp = activation_jvp_block<A>(stored_act.code);
     }
     finish.mask = mask.given() ? &mask : nullptr;
-    const auto line = [&](const Buffer& bias, std::int64_t b) -> const T* {
-      if (!bias.given()) return nullptr;
-      return static_cast<const T*>(bias.data) + (bias.size != r.y.cols ? b * r.y.cols : 0);
+    using P = typename ProductOf<T>::type;
+    const std::int64_t width = up<std::int64_t>(r.y.cols, P::kCols) * P::kCols;
+    const auto room = [&](const Buffer& bias) { return bias.given() ? width : 0; };
+    const Aligned<A> bias(room(r.bias)), tbias(room(r.tbias));
+    const auto line = [&](const Buffer& from, std::int64_t b, A* to) -> const A* {
+      if (!from.given()) return nullptr;
+      load_block(from.dtype, from.data, from.size != r.y.cols ? b * r.y.cols : 0, to, r.y.cols);
+      for (std::int64_t i = r.y.cols; i < width; ++i) to[i] = 0;
+      return to;
     };
     const auto matrix = [](const Matrix& m, std::int64_t b) -> T* {
       return m.given() ? static_cast<T*>(m.data) + b * m.batch_stride : nullptr;
     };
     for (std::int64_t b = 0; b < r.y.batch; ++b) {
-      finish.primal = {line(r.bias, b), matrix(r.z, b), matrix(r.y, b)};
-      finish.tangent = {line(r.tbias, b), nullptr, matrix(r.ty, b)};
+      finish.primal = {line(r.bias, b, bias.data), matrix(r.z, b), matrix(r.y, b)};
+      finish.tangent = {line(r.tbias, b, tbias.data), nullptr, matrix(r.ty, b)};
       finish.sample = b;
       product<T>(operands, b, exec.threads, finish);
     }
   });
 }
 
-void linear(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y, bool accumulate,
+void linear(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
             const Exec& exec) {
-  run({x, w, {}, {}}, {bias, {}, y, {}, {}}, accumulate, nullptr, Mask{}, exec);
+  run({x, w, {}, {}}, {bias, {}, y, {}, {}}, nullptr, Mask{}, exec);
 }
 
 void linear_act_dropout(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
                         const Matrix& z, const Act& act, const Mask& mask, const Exec& exec) {
-  run({x, w, {}, {}}, {bias, {}, y, {}, z}, false, &act, mask, exec);
+  run({x, w, {}, {}}, {bias, {}, y, {}, z}, &act, mask, exec);
 }
 
 void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& tx,
                             const Matrix& tw, const Buffer& tbias, const Matrix& y,
                             const Matrix& ty, const Matrix& z, const Act& act, const Mask& mask,
                             const Exec& exec) {
-  run({x, w, tx, tw}, {bias, tbias, y, ty, z}, false, &act, mask, exec);
+  run({x, w, tx, tw}, {bias, tbias, y, ty, z}, &act, mask, exec);
 }
 
 // Sums of kSumRows rows first, kSumPairs at a time by halves, then of those: the order is fixed,

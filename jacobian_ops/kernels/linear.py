@@ -102,7 +102,6 @@ def _product(op, x, weight, bias, y):
             _backend.matrix(weight),
             _described(bias, _backend.buffer),
             _backend.matrix(_matrix(y)),
-            False,
             _backend.threads(),
         )
     return y
