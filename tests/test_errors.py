@@ -273,4 +273,5 @@ def test_read_only_out():
 def test_more_elements_than_memory_has():
     """Strides of 0 make any number of elements out of one."""
     wide = torch.ones(1).expand(20, 2**58)
+    raises(MemoryError, "", lambda: J.linear(torch.ones(1).expand(20, 2**43), wide[:, : 2**43]))
     raises(ValueError, "linear: x: allowed at most 2\\^48 elements", lambda: J.linear(wide, wide))

@@ -91,7 +91,7 @@ void stream_copy(void* to, const void* from, std::int64_t bytes);
 // Threads. parallel(tasks, threads, body) runs body(task) for 0 <= task < tasks on at most
 // `threads` threads, contiguous ranges of tasks each; serially when threads == 1, for one task, or
 // inside another parallel region. The tasks must not depend on `threads` (same bits for every
-// thread count), and body must not throw.
+// thread count). What a body throws is thrown again.
 template <class Body>
 inline void parallel(std::int64_t tasks, int threads, const Body& body);
 

@@ -1,8 +1,9 @@
 // linear: y = x w^T + bias, of any strides; linear_act_dropout: z = x w^T + bias, y = m f(z);
 // their JVPs, which share the packed operands of the primal; column_sum: the bias gradient.
 //
-// Of x and w the operand with fewer lines is packed into panels (gemm.h) ahead, for all threads.
-// The other one is packed by the thread that needs it, a block at a time that stays in its L2. The
+// Every thread computes a part of the result of its own, from operands that it packs itself: what
+// another core has written comes slower than it is packed again. Of x and w the operand with fewer
+// lines is packed into panels (gemm.h) ahead, the other one a block at a time that stays in L2. The
 // inner dimension runs in order through pieces and passes of fixed depth, in float or double, so
 // the bits depend neither on the number of threads nor on the blocks; the sums of passes are added
 // with compensation, so that rounding does not grow with their number. A tile is finished while it
@@ -18,9 +19,9 @@ namespace {
 constexpr std::int64_t kPiece = 256;  // k of one visit to a tile: a panel of w stays in L1
 constexpr std::int64_t kBlockBytes = 384 << 10;  // of a packed block
 constexpr std::int64_t kSumsBytes = 512 << 10;   // of sums that wait for the next pass
-constexpr std::int64_t kAheadBytes = 16 << 20;   // packed ahead at once
+constexpr std::int64_t kAheadBytes = 8 << 20;    // packed ahead at once
 constexpr int kGroup = 8;                        // tiles that share a piece of w in L1
-constexpr std::int64_t kTogether = 4;            // panels that one task packs ahead
+constexpr std::int64_t kPackCost = 20;           // of a number, in products
 constexpr std::int64_t kDotDepth = 4096;         // k of one visit where w is read in place
 
 template <class N>
@@ -182,8 +183,7 @@ void pack(const Matrix& a, std::int64_t batch, std::int64_t begin, std::int64_t 
 // One operand, in panels.
 template <class P, Operand kOperand, class T>
 struct Side {
-  const Matrix& value;
-  const Matrix& tangent;
+  Matrix value, tangent;
   std::int64_t batch;
 
   static constexpr int width = kWidth<P, kOperand>;
@@ -269,17 +269,17 @@ void add_compensated(const A* more, A* total, A* lost, std::int64_t n) {
   }
 }
 
-// kAheadX: x is the operand that is packed ahead.
+// The results at rows `above` and columns `left` on, by one thread. kAheadX: x is the operand that
+// is packed ahead.
 template <class T, bool kAheadX>
-void packed_product(const Operands& o, std::int64_t batch, int threads, const Epilogue<T>& finish) {
+void packed_product(const Operands& o, std::int64_t batch, std::int64_t above, std::int64_t left,
+                    const Epilogue<T>& finish) {
   using P = typename ProductOf<T>::type;
   using Packed = typename P::Packed;
   using A = typename P::Compute;
   constexpr std::int64_t kTile = P::kRows * P::kCols;
-  using X = Side<P, Operand::kX, T>;
-  using W = Side<P, Operand::kW, T>;
-  const X x{o.x, o.tx, batch};
-  const W w{o.w, o.tw, batch};
+  const Side<P, Operand::kX, T> x{o.x, o.tx, batch};
+  const Side<P, Operand::kW, T> w{o.w, o.tw, batch};
   const auto& ahead = [&]() -> const auto& {
     if constexpr (kAheadX)
       return x;
@@ -301,57 +301,48 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
   // Ahead: as many panels as fit, for the whole depth.
   const std::int64_t number = sizeof(Packed) * ahead.parts() * up<std::int64_t>(K + 1, P::kStep);
   const std::int64_t ahead_all = ahead.panels();
-  const std::int64_t ahead_room =
+  const std::int64_t fitting =
       most<std::int64_t>(1, least(ahead_all, kAheadBytes / (number * ahead.width)));
-  // A block of the other operand: what fits into L2, but one for every thread at least.
+  const std::int64_t ahead_room = up(ahead_all, up(ahead_all, fitting));  // equal parts
+  // A block of the other operand: what fits into L2.
   const std::int64_t outer_all = outer.panels();
   const std::int64_t block_bytes =
       sizeof(Packed) * outer.parts() * up<std::int64_t>(deep + 1, P::kStep) * outer.width;
   std::int64_t room = most<std::int64_t>(1, kBlockBytes / block_bytes);
   if (!kAheadX) room = least<std::int64_t>(room, kGroup);
-  room = least(room, up<std::int64_t>(outer_all, threads));
-  const std::int64_t blocks = up(up(outer_all, room), static_cast<std::int64_t>(threads)) * threads;
+  const std::int64_t blocks = up(outer_all, room);
   room = up(outer_all, blocks);
-  // What is ahead is split where the blocks are too few for the threads, or their sums too many.
-  const std::int64_t sums_room =
-      passes == 1
-          ? ahead_room
-          : most<std::int64_t>(
-                1, kSumsBytes / (room * kTile * layers * 2 * static_cast<std::int64_t>(sizeof(A))));
+  // What is ahead is taken in parts where the sums that wait for the next pass are too many.
+  const std::int64_t sum_bytes = room * kTile * layers * 2 * static_cast<std::int64_t>(sizeof(A));
+  const std::int64_t part_room =
+      passes == 1 ? ahead_room : most<std::int64_t>(1, least(ahead_room, kSumsBytes / sum_bytes));
 
+  // Sums of one pass; of all passes, and what rounding took from them.
+  Aligned<A> pass_data(kGroup * layers * kTile);
+  Aligned<A> sums_data(passes == 1 ? 0 : 2 * layers * part_room * room * kTile);
+  Aligned<Packed> outer_data(room * outer.parts() * up<std::int64_t>(deep, P::kStep) * outer.width);
   const std::int64_t ahead_steps = up<std::int64_t>(K, P::kStep);
   Aligned<Packed> ahead_data(ahead_room * ahead.parts() * ahead_steps * ahead.width);
+  [[maybe_unused]] const typename P::Session session;
   for (std::int64_t begin = 0; begin < ahead_all; begin += ahead_room) {
-    const std::int64_t here = least(ahead_room, ahead_all - begin);
-    parallel(up(here, kTogether), threads, [&](std::int64_t task) {
-      const std::int64_t i = task * kTogether, last = least(i + kTogether, here);
-      ahead.pack_into(ahead_data.data, ahead_room, begin + i, begin + last, i, 0, K);
-    });
+    const std::int64_t end = least(begin + ahead_room, ahead_all);
+    ahead.pack_into(ahead_data.data, ahead_room, begin, end, 0, 0, K);
     const Panels<P> ahead_panels = ahead.view(ahead_data.data, ahead_room, K);
-    std::int64_t split =
-        most<std::int64_t>(up(here, sums_room), threads / least<std::int64_t>(outer_all, threads));
-    split = least(split, here);
-    parallel(blocks * split, threads, [&](std::int64_t task) {
-      const std::int64_t block = task / split, part = task % split;
+    const std::int64_t parts = up(end - begin, part_room);
+    for (std::int64_t task = 0; task < blocks * parts; ++task) {
+      const std::int64_t block = task / parts, part = task % parts;
       const std::int64_t p0 = outer_all * block / blocks, p1 = outer_all * (block + 1) / blocks;
-      const std::int64_t q0 = here * part / split, q1 = here * (part + 1) / split;
-      if (p0 == p1 || q0 == q1) return;
-      [[maybe_unused]] const typename P::Session session;
-      Aligned<Packed> outer_data((p1 - p0) * outer.parts() * up<std::int64_t>(deep, P::kStep) *
-                                 outer.width);
-      const std::int64_t x0 = kAheadX ? begin + q0 : p0, x1 = kAheadX ? begin + q1 : p1;
-      const std::int64_t w0 = kAheadX ? p0 : begin + q0, w1 = kAheadX ? p1 : begin + q1;
-      // Sums of one pass; of all passes, and what rounding took from them.
-      Aligned<A> pass_data(kGroup * layers * kTile);
+      const std::int64_t q0 = begin + part * part_room, q1 = least(q0 + part_room, end);
+      const std::int64_t x0 = kAheadX ? q0 : p0, x1 = kAheadX ? q1 : p1;
+      const std::int64_t w0 = kAheadX ? p0 : q0, w1 = kAheadX ? p1 : q1;
       const std::int64_t kept = passes == 1 ? 0 : (x1 - x0) * (w1 - w0) * kTile;
-      Aligned<A> sums_data(2 * layers * kept);
       std::memset(sums_data.data, 0, 2 * layers * kept * sizeof(A));
       for (std::int64_t k = 0, number = 0; number < passes; ++number, k += pass) {
         const std::int64_t depth = most<std::int64_t>(0, least(K - k, pass));
         const std::int64_t steps = up<std::int64_t>(depth, P::kStep);
         outer.pack_into(outer_data.data, p1 - p0, p0, p1, 0, k, depth);
         const Panels<P> near = outer.view(outer_data.data, p1 - p0, depth);
-        const Panels<P> far = ahead_panels.from(q0, k / P::kStep * ahead.width);
+        const Panels<P> far = ahead_panels.from(q0 - begin, k / P::kStep * ahead.width);
         const Panels<P> xs = kAheadX ? far : near, ws = kAheadX ? near : far;
         for (std::int64_t i = x0; i < x1; i += kGroup) {
           const int tiles = static_cast<int>(least<std::int64_t>(kGroup, x1 - i));
@@ -363,8 +354,10 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
             const int written =
                 straight ? static_cast<int>(least<std::int64_t>((M - top) / P::kRows, tiles)) : 0;
             const auto group = [&](const auto& out, A* buffer) {
-              return GroupSums<P>{buffer, out.bias && number == 0 ? out.bias + col : nullptr,
-                                  written ? finish.rows_in(out, top, col) : TileRows<A>{}, written};
+              const A* bias = out.bias && number == 0 ? out.bias + left + col : nullptr;
+              const TileRows<A> to =
+                  written ? finish.rows_in(out, above + top, left + col) : TileRows<A>{};
+              return GroupSums<P>{buffer, bias, to, written};
             };
             const GroupSums<P> primal = group(finish.primal, sums);
             const GroupSums<P> tangent = group(finish.tangent, tangents);
@@ -382,16 +375,17 @@ void packed_product(const Operands& o, std::int64_t batch, int threads, const Ep
             }
             for (int t = written; t < tiles; ++t) {
               const std::int64_t row = (i + t) * P::kRows;
-              finish(sums + t * kTile, tangents ? tangents + t * kTile : nullptr, P::kCols, row,
-                     col, static_cast<int>(least<std::int64_t>(M - row, P::kRows)),
+              finish(sums + t * kTile, tangents ? tangents + t * kTile : nullptr, P::kCols,
+                     above + row, left + col,
+                     static_cast<int>(least<std::int64_t>(M - row, P::kRows)),
                      static_cast<int>(least<std::int64_t>(N - col, P::kCols)));
             }
           }
         }
       }
-      if (finish.streams) stream_fence();
-    });
+    }
   }
+  if (finish.streams) stream_fence();
 }
 
 // Few rows, both operands contiguous along k: every number of w is used a few times only, so w is
@@ -432,18 +426,56 @@ void few_rows_product(const Operands& o, std::int64_t batch, int threads,
   });
 }
 
+Matrix slice(Matrix a, std::int64_t begin, std::int64_t rows) {
+  if (!a.given()) return a;
+  a.data = static_cast<char*>(a.data) + begin * a.row_stride * size_of(a.dtype);
+  a.rows = rows;
+  return a;
+}
+
+// The results as a grid of parts of whole tiles, one a thread at most.
+template <class T>
+void product_in_parts(const Operands& o, std::int64_t batch, int threads,
+                      const Epilogue<T>& finish) {
+  using P = typename ProductOf<T>::type;
+  const std::int64_t M = o.x.rows, N = o.w.rows;
+  const std::int64_t tall = up<std::int64_t>(M, P::kRows), wide = up<std::int64_t>(N, P::kCols);
+  std::int64_t down = 1, across = 1, best = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t i = 1; i <= least<std::int64_t>(threads, tall); ++i) {
+    const std::int64_t j = least<std::int64_t>(threads / i, wide);
+    const std::int64_t rows = up(tall, i) * P::kRows, cols = up(wide, j) * P::kCols;
+    const std::int64_t cost = rows * cols + (rows + cols) * kPackCost;
+    if (cost < best) best = cost, down = i, across = j;
+  }
+  parallel(down * across, threads, [&](std::int64_t task) {
+    const std::int64_t i = task / across, j = task % across;
+    const std::int64_t row = tall * i / down * P::kRows, col = wide * j / across * P::kCols;
+    const std::int64_t rows = least(tall * (i + 1) / down * P::kRows, M) - row;
+    const std::int64_t cols = least(wide * (j + 1) / across * P::kCols, N) - col;
+    const Operands part{slice(o.x, row, rows), slice(o.w, col, cols), slice(o.tx, row, rows),
+                        slice(o.tw, col, cols)};
+    if (rows < cols)
+      packed_product<T, true>(part, batch, row, col, finish);
+    else
+      packed_product<T, false>(part, batch, row, col, finish);
+  });
+}
+
+// A thread is worth waking for about 50 microseconds of work.
+int threads_for(const Operands& o, std::int64_t batch, int threads) {
+  const std::int64_t useful =
+      batch * o.x.rows * o.w.rows / (1 << 10) * (o.x.cols + 16) / (1 << 10) + 1;
+  return static_cast<int>(least<std::int64_t>(useful, threads));
+}
+
 template <class T>
 void product(const Operands& o, std::int64_t batch, int threads, const Epilogue<T>& finish) {
-  // A thread is worth waking for about 50 microseconds of work.
-  const std::int64_t useful = o.x.rows * o.w.rows * (o.x.cols + 16) / (1 << 20) + 1;
-  if (useful < threads) threads = static_cast<int>(useful);
+  threads = threads_for(o, 1, threads);
   const auto along = [](const Matrix& a) { return !a.given() || a.col_stride == 1; };
   if (o.x.rows <= kFewRows && along(o.x) && along(o.w) && along(o.tx) && along(o.tw)) {
     few_rows_product<T>(o, batch, threads, finish);
-  } else if (o.x.rows < o.w.rows) {
-    packed_product<T, true>(o, batch, threads, finish);
   } else {
-    packed_product<T, false>(o, batch, threads, finish);
+    product_in_parts<T>(o, batch, threads, finish);
   }
 }
 
@@ -465,22 +497,21 @@ void run(const Operands& o, const Results& r, const Act* act, const Mask& mask, 
   with_storage(r.y.dtype, [&](auto storage) {
     using T = decltype(storage);
     using A = Compute<T>;
-    Epilogue<T> finish;
-    finish.y_stride = r.y.row_stride;
-    finish.z_stride = r.z.row_stride;
-    finish.cols = r.y.cols;
-    finish.dual = r.ty.given();
-    finish.streams = should_stream(r.y.batch * r.y.rows * r.y.cols * size_of(r.y.dtype));
-    finish.act = &stored_act;
+    Epilogue<T> common;
+    common.y_stride = r.y.row_stride;
+    common.z_stride = r.z.row_stride;
+    common.cols = r.y.cols;
+    common.dual = r.ty.given();
+    common.streams = should_stream(r.y.batch * r.y.rows * r.y.cols * size_of(r.y.dtype));
+    common.act = &stored_act;
     if (stored_act.code != Activation::kIdentity) {
-      finish.activation = activation_block<A>(stored_act.code);
-      if (finish.dual) finish.activation_jvp = activation_jvp_block<A>(stored_act.code);
+      common.activation = activation_block<A>(stored_act.code);
+      if (common.dual) common.activation_jvp = activation_jvp_block<A>(stored_act.code);
     }
-    finish.mask = mask.given() ? &mask : nullptr;
+    common.mask = mask.given() ? &mask : nullptr;
     using P = typename ProductOf<T>::type;
     const std::int64_t width = up<std::int64_t>(r.y.cols, P::kCols) * P::kCols;
     const auto room = [&](const Buffer& bias) { return bias.given() ? width : 0; };
-    const Aligned<A> bias(room(r.bias)), tbias(room(r.tbias));
     const auto line = [&](const Buffer& from, std::int64_t b, A* to) -> const A* {
       if (!from.given()) return nullptr;
       load_block(from.dtype, from.data, from.size != r.y.cols ? b * r.y.cols : 0, to, r.y.cols);
@@ -490,11 +521,19 @@ void run(const Operands& o, const Results& r, const Act* act, const Mask& mask, 
     const auto matrix = [](const Matrix& m, std::int64_t b) -> T* {
       return m.given() ? static_cast<T*>(m.data) + b * m.batch_stride : nullptr;
     };
-    for (std::int64_t b = 0; b < r.y.batch; ++b) {
+    const auto one = [&](std::int64_t b, int threads) {
+      const Aligned<A> bias(room(r.bias)), tbias(room(r.tbias));
+      Epilogue<T> finish = common;
       finish.primal = {line(r.bias, b, bias.data), matrix(r.z, b), matrix(r.y, b)};
       finish.tangent = {line(r.tbias, b, tbias.data), nullptr, matrix(r.ty, b)};
       finish.sample = b;
-      product<T>(operands, b, exec.threads, finish);
+      product<T>(operands, b, threads, finish);
+    };
+    if (r.y.batch >= exec.threads) {
+      const int threads = threads_for(operands, r.y.batch, exec.threads);
+      parallel(r.y.batch, threads, [&](std::int64_t b) { one(b, 1); });
+    } else {
+      for (std::int64_t b = 0; b < r.y.batch; ++b) one(b, exec.threads);
     }
   });
 }

@@ -3,6 +3,8 @@
 
 #include <omp.h>
 
+#include <exception>
+
 #include "../math/common.h"
 
 namespace jops::JOPS_ISA {
@@ -22,12 +24,19 @@ inline void parallel(std::int64_t tasks, int threads, const Body& body) {
     for (std::int64_t task = 0; task < tasks; ++task) body(task);
     return;
   }
+  std::exception_ptr error;  // one may not leave the region by itself
 #pragma omp parallel num_threads(threads)
   {
     const std::int64_t team = omp_get_num_threads(), rank = omp_get_thread_num();
     const std::int64_t end = tasks * (rank + 1) / team;
-    for (std::int64_t task = tasks * rank / team; task < end; ++task) body(task);
+    try {
+      for (std::int64_t task = tasks * rank / team; task < end; ++task) body(task);
+    } catch (...) {
+#pragma omp critical(jops_error)
+      error = std::current_exception();
+    }
   }
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace jops::JOPS_ISA
