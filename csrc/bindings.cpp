@@ -134,6 +134,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   def("linear", k.linear);
   def("linear_act_dropout", k.linear_act_dropout);
   def("linear_act_dropout_jvp", k.linear_act_dropout_jvp);
+  def("linear_vjp", k.linear_vjp);
   def("column_sum", k.column_sum);
 
   m.def("fma_peak", [&k](int dtype, const jops::Exec& exec) {

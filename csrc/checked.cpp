@@ -429,6 +429,23 @@ void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias
   run.linear_act_dropout_jvp(x, w, bias, tx, tw, tbias, y, ty, z, act, mask, exec);
 }
 
+void linear_vjp(const Matrix& x, const Matrix& w, const Matrix& gy, const Matrix& gx,
+                const Matrix& gw, const Buffer& gbias, const Exec& exec) {
+  Check check("linear_vjp", exec);
+  check.first("gy", gy);
+  const bool empty_gx =
+      gx.given() && (products(check, gy, w.transposed(), {}, gx), Check::empty(gx));
+  const bool empty_gw =
+      gw.given() && (products(check, gy.transposed(), x.transposed(), {}, gw), Check::empty(gw));
+  if (gbias.given()) {
+    check.buffer("gbias", gbias);
+    check.same_dtype("gbias", gbias.dtype);
+    check.extent("gbias", "elements", gbias.size, gy.batch * gy.cols);
+  }
+  run.linear_vjp(x, w, gy, empty_gx ? Matrix{} : gx, empty_gw ? Matrix{} : gw,
+                 gbias.size == 0 ? Buffer{} : gbias, exec);
+}
+
 void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
   Check check("column_sum", exec);
   check.first("x", x);
@@ -454,19 +471,33 @@ double copy_bandwidth(std::int64_t bytes, bool non_temporal, const Exec& exec) {
 
 Kernels checked(const Kernels& unchecked) {
   run = unchecked;
-  return {activation,          activation_vjp,
-          activation_jvp,      activation_vjp_vjp,
-          activation_vjp_jvp,  dropout,
-          dropout_add,         softmax,
-          softmax_vjp,         softmax_jvp,
-          softmax_vjp_vjp,     softmax_vjp_jvp,
-          log_softmax,         log_softmax_vjp,
-          log_softmax_tangent, log_softmax_jvp,
-          log_softmax_vjp_vjp, log_softmax_vjp_jvp,
-          softmax_dropout,     softmax_dropout_vjp,
-          softmax_dropout_jvp, linear,
-          linear_act_dropout,  linear_act_dropout_jvp,
-          column_sum,          fma_peak,
+  return {activation,
+          activation_vjp,
+          activation_jvp,
+          activation_vjp_vjp,
+          activation_vjp_jvp,
+          dropout,
+          dropout_add,
+          softmax,
+          softmax_vjp,
+          softmax_jvp,
+          softmax_vjp_vjp,
+          softmax_vjp_jvp,
+          log_softmax,
+          log_softmax_vjp,
+          log_softmax_tangent,
+          log_softmax_jvp,
+          log_softmax_vjp_vjp,
+          log_softmax_vjp_jvp,
+          softmax_dropout,
+          softmax_dropout_vjp,
+          softmax_dropout_jvp,
+          linear,
+          linear_act_dropout,
+          linear_act_dropout_jvp,
+          linear_vjp,
+          column_sum,
+          fma_peak,
           copy_bandwidth};
 }
 

@@ -30,6 +30,9 @@ struct Matrix {
   std::int64_t batch = 0, rows = 0, cols = 0;
   std::int64_t batch_stride = 0, row_stride = 0, col_stride = 0;
   bool given() const { return extent >= 0; }
+  Matrix transposed() const {
+    return {data, extent, dtype, batch, cols, rows, batch_stride, col_stride, row_stride};
+  }
 };
 
 // Names: activation_name(). Parameters a, b, c: math/activations.h.
@@ -131,6 +134,9 @@ struct Kernels {
                                  const Matrix& tx, const Matrix& tw, const Buffer& tbias,
                                  const Matrix& y, const Matrix& ty, const Matrix& z, const Act&,
                                  const Mask&, const Exec&);
+  // gx = gy w, gw = gy^T x, gbias = the column sum of gy: any may be absent, and what it needs too.
+  void (*linear_vjp)(const Matrix& x, const Matrix& w, const Matrix& gy, const Matrix& gx,
+                     const Matrix& gw, const Buffer& gbias, const Exec&);
   void (*column_sum)(const Matrix& x, const Buffer& y, const Exec&);
 
   // The machine's limits, that a bench compares with: flop/s of multiply-adds in registers, and

@@ -465,7 +465,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
     _check_linear("linear", weight, bias)
-    if not _ours("linear", input) or not all(_strided(t) for t in (weight, bias)):
+    if not (_ours("linear", input) and _strided(weight) and _strided(bias)):
         return _native("linear", F.linear, input, weight, bias)
     if weight.dim() == 1:
         y = linear(input, weight.unsqueeze(0)).squeeze(-1)
@@ -559,7 +559,8 @@ def _no_kernels(op, argument, t):
 
 def _fit_linear(op, input, weight, bias):
     """``input`` as a matrix and ``bias`` as a vector, checked before any kernel is chosen."""
-    _check_device(op, input, weight=weight, bias=bias)
+    if not (input.is_cpu and weight.is_cpu and (bias is None or bias.is_cpu)):
+        _check_device(op, input, weight=weight, bias=bias)
     if weight.dim() != 2:
         raise RuntimeError(
             f"{op}: weight has shape {list(weight.shape)}; allowed: (out_features, in_features)"
@@ -577,7 +578,8 @@ def _fit_linear(op, input, weight, bias):
                 "element"
             )
         bias = bias.expand(weight.shape[0])
-    for name, t in (("weight", weight), ("bias", bias)):
+    fits = weight.dtype is input.dtype and (bias is None or bias.dtype is input.dtype)
+    for name, t in () if fits else (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != input.dtype:
             raise RuntimeError(
                 f"{op}: expected input, weight and bias to have the same dtype, but input has "

@@ -54,6 +54,11 @@ SAMPLES = {
     "dropout": [(leaf(3, 4), SEED, 0.4), (leaf(3, 4), torch.tensor([1, 2, 3]), 0.4)],
     "dropout_add": [(leaf(3, 4), leaf(3, 4), SEED, 0.4)],
     "linear": [(leaf(3, 4), leaf(5, 4), leaf(5)), (leaf(2, 3, 4), leaf(2, 5, 4), None)],
+    "linear_vjp": [
+        (leaf(3, 5), leaf(3, 4), leaf(5, 4), True),
+        (leaf(2, 3, 5), None, leaf(2, 5, 4), False),
+        (leaf(3, 5), leaf(3, 4), None, True),
+    ],
     "linear_jvp": [
         (leaf(3, 4), leaf(5, 4), leaf(5), leaf(3, 4), leaf(5, 4), leaf(5)),
         (leaf(3, 4), leaf(5, 4), None, None, leaf(5, 4), None),

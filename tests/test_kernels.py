@@ -149,16 +149,10 @@ BAD = {
     "strides beyond its memory": lambda: _cpu.linear(
         matrix(2, 3, extent=6, row_stride=100), matrix(4, 3), None, matrix(2, 4), 1
     ),
-    "inner sizes differ": lambda: _cpu.linear(
-        matrix(2, 3), matrix(4, 2), None, matrix(2, 4), 1
-    ),
+    "inner sizes differ": lambda: _cpu.linear(matrix(2, 3), matrix(4, 2), None, matrix(2, 4), 1),
     "wrong output": lambda: _cpu.linear(matrix(2, 3), matrix(4, 3), None, matrix(2, 5), 1),
-    "short bias": lambda: _cpu.linear(
-        matrix(2, 3), matrix(4, 3), (PTR, 3, F32), matrix(2, 4), 1
-    ),
-    "null weight": lambda: _cpu.linear(
-        matrix(2, 3), matrix(4, 3, ptr=0), None, matrix(2, 4), 1
-    ),
+    "short bias": lambda: _cpu.linear(matrix(2, 3), matrix(4, 3), (PTR, 3, F32), matrix(2, 4), 1),
+    "null weight": lambda: _cpu.linear(matrix(2, 3), matrix(4, 3, ptr=0), None, matrix(2, 4), 1),
     "overlapping output rows": lambda: _cpu.linear(
         matrix(2, 3), matrix(4, 3), None, matrix(2, 4, extent=8, row_stride=0), 1
     ),

@@ -623,12 +623,20 @@ void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
   });
 }
 
+void linear_vjp(const Matrix& x, const Matrix& w, const Matrix& gy, const Matrix& gx,
+                const Matrix& gw, const Buffer& gbias, const Exec& exec) {
+  if (gx.given()) linear(gy, w.transposed(), {}, gx, exec);
+  if (gw.given()) linear(gy.transposed(), x.transposed(), {}, gw, exec);
+  if (gbias.given()) column_sum(gy, gbias, exec);
+}
+
 }  // namespace
 
 void register_linear(Kernels& table) {
   table.linear = linear;
   table.linear_act_dropout = linear_act_dropout;
   table.linear_act_dropout_jvp = linear_act_dropout_jvp;
+  table.linear_vjp = linear_vjp;
   table.column_sum = column_sum;
 }
 

@@ -59,11 +59,9 @@ class Linear(Rule):
 
     def vjp(saved, consts, needs, gy):
         x, weight = saved
-        return (
-            _product(gy, _transposed(weight)) if needs[0] else None,
-            _product(gy.mT, _transposed(x)) if needs[1] else None,
-            column_sum(gy) if needs[2] else None,
-        )
+        x, weight = x if needs[1] else None, weight if needs[0] else None
+        gradients = linear_vjp(gy, x, weight, bool(needs[2]))
+        return tuple(g if n else None for g, n in zip(gradients, needs, strict=False))
 
     def jvp(primals, y, tangents):
         return _tangent(*primals[:2], *tangents)
@@ -79,6 +77,43 @@ class Linear(Rule):
             y = linear(x.flatten(0, 1), weight, bias)
             return y.unflatten(0, x.shape[:2]), 0
         return super().vmap(info, dims, x, weight, bias)
+
+
+class LinearVjp(Rule):
+    """gx = gy W if W is given, gw = gy^T x if x is, gb = sums of gy over rows; empty if not wanted.
+
+    All three in one call: a small layer's backward is as long as its way through Python.
+    """
+
+    schema = (
+        "linear_vjp(Tensor gy, Tensor? x, Tensor? weight, bool bias) -> (Tensor, Tensor, Tensor)"
+    )
+
+    def kernel(gy, x, weight, bias):
+        needs = weight is not None, x is not None, bias
+        gradients = kernels.linear_vjp(x, weight, gy, needs)
+        return tuple(gy.new_empty(0) if g is None else g for g in gradients)
+
+    def fake(gy, x, weight, bias):
+        return (
+            gy.new_empty(0) if weight is None else linear_result(gy, weight.mT),
+            gy.new_empty(0) if x is None else linear_result(gy.mT, x.mT),
+            ColumnSum.fake(gy) if bias else gy.new_empty(0),
+        )
+
+    def composite(gy, x, weight, bias):
+        return (
+            gy.new_empty(0) if weight is None else linear(gy, weight.mT, None),
+            gy.new_empty(0) if x is None else linear(gy.mT, x.mT, None),
+            column_sum(gy) if bias else gy.new_empty(0),
+        )
+
+    @classmethod
+    def vmap(cls, info, dims, gy, x, weight, bias):
+        out = cls.op(*front(info, dims[:3], (gy, x, weight)), bias)
+        return out, tuple(
+            0 if there else None for there in (weight is not None, x is not None, bias)
+        )
 
 
 class LinearJvp(Rule):
@@ -229,6 +264,7 @@ class LinearActDropoutJvp(Rule):
 
 
 linear = define(Linear)
+linear_vjp = define(LinearVjp)
 linear_jvp = define(LinearJvp)
 column_sum = define(ColumnSum)
 linear_act_dropout = define(LinearActDropout)

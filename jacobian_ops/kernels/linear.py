@@ -148,27 +148,64 @@ def column_sum(x: Tensor) -> Tensor:
     return y
 
 
+def _check_factor(op, gy, name, t, lines):
+    """Raise unless ``t`` is a factor of a product with ``gy``, of lines that fit it."""
+    check_same(op, "gy", gy, name, t)
+    if t.dim() != gy.dim() or t.shape[:-1] != lines:
+        raise RuntimeError(
+            f"{op}: gy has shape {list(gy.shape)} and {name} {list(t.shape)}; allowed: gy of shape "
+            "(*batch, M, N), x (*batch, M, K) and weight (*batch, N, K)"
+        )
+
+
 @arrays_too
-def linear_vjp(x: Tensor, weight: Tensor, gy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_vjp(
+    x: Tensor | None,
+    weight: Tensor | None,
+    gy: Tensor,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``gx = gy W``, ``gweight = gy^T x`` and ``gbias = sum of gy over rows``.
 
     Args:
-        x: (*batch, M, K).
-        weight: (*batch, N, K).
+        x: (*batch, M, K); may be None where ``gweight`` is not needed.
+        weight: (*batch, N, K); may be None where ``gx`` is not needed.
         gy: (*batch, M, N).
+        needs: Which of the three to compute.
 
     Returns:
-        Cotangents of ``x``, of ``weight`` and of the bias, (*batch, N).
+        Cotangents of ``x``, of ``weight`` and of the bias, (*batch, N); None for one not needed.
     """
     op = "linear_vjp"
-    _check(op, "x weight bias", x, weight, None)
-    check_same(op, "x", x, "gy", gy)
-    if gy.shape != (*x.shape[:-1], weight.shape[-2]):
-        raise RuntimeError(
-            f"{op}: gy has shape {list(gy.shape)}; allowed: {[*x.shape[:-1], weight.shape[-2]]}, "
-            "the shape of the result"
-        )
-    return linear(gy, weight.mT), linear(gy.mT, x.mT), column_sum(gy)
+    check_dtype(op, "gy", gy)
+    if gy.dim() < 2:
+        raise RuntimeError(f"{op}: gy has shape {list(gy.shape)}; allowed: (*batch, M, N)")
+    # gy has the rows of x and, as columns, the rows of W.
+    *batch, rows, cols = gy.shape
+    gx = gweight = gbias = None
+    if needs[0]:
+        _check_factor(op, gy, "weight", weight, (*batch, cols))
+        gx = gy.new_empty((*batch, rows, weight.shape[-1]))
+    if needs[1]:
+        _check_factor(op, gy, "x", x, (*batch, rows))
+        gweight = gy.new_empty((*batch, cols, x.shape[-1]))
+    if needs[2]:
+        gbias = gy.new_empty((*batch, cols))
+    x, weight, gy = (
+        _matrix(x if needs[1] else None),
+        _matrix(weight if needs[0] else None),
+        _matrix(gy),
+    )
+    _backend.of(op, "gy", gy).linear_vjp(
+        _described(x, _backend.matrix),
+        _described(weight, _backend.matrix),
+        _backend.matrix(gy),
+        _described(_matrix(gx), _backend.matrix),
+        _described(_matrix(gweight), _backend.matrix),
+        _described(gbias, _backend.buffer),
+        _backend.threads(),
+    )
+    return gx, gweight, gbias
 
 
 @arrays_too
