@@ -48,7 +48,7 @@ test: $(BUILT)  ## run the tests, with and without the short cut for tiny calls
 	echo "== every call through our own kernels"; \
 	JACOBIAN_OPS_NATIVE_BELOW=0 $(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
 	echo "== default threshold"; \
-	JACOBIAN_OPS_NATIVE_BELOW=4096 $(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
+	JACOBIAN_OPS_NATIVE_BELOW=32768 $(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
 	exit $$status
 
 bench: $(BUILT)  ## measure against native autograd (python -m bench has the options)

@@ -56,7 +56,7 @@ __all__ = [
 
 # Plain calls on fewer elements than this go to the native op, whose shorter way through C++ then
 # counts for more than the kernel.  0: never.
-NATIVE_BELOW = int(os.environ.get("JACOBIAN_OPS_NATIVE_BELOW", "4096"))
+NATIVE_BELOW = int(os.environ.get("JACOBIAN_OPS_NATIVE_BELOW", "32768"))
 # Native ops that cannot stand in for ours where a graph is recorded: their backward has no
 # derivative, or none in forward mode.
 _NOT_RECORDED = ("hardsigmoid", "mish", "silu")

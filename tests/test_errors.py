@@ -213,7 +213,7 @@ def test_each_argument_that_is_no_tensor_is_named():
     )
 
 
-def test_each_number_that_is_none_is_named():
+def test_each_number_that_is_none_is_named(ours):
     raises(
         TypeError,
         "leaky_relu: negative_slope must be Number, not str",
