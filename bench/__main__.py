@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Measure jacobian_ops beside native autograd, interleaved in one run.  Each "
         "row is checked against float64 first.  Lists are separated by commas.",
-        epilog="python -m bench compare OLD NEW: what got slower between two --json files.",
+        epilog="python -m bench compare OLD NEW: what got slower between two --json files.  "
+        "python -m bench markdown FILE: the table of one.",
     )
     p.add_argument("--op", type=_choices(ops), help=f"of {', '.join(ops)}")
     p.add_argument("--mode", type=_choices(modes.MODES), help=f"of {', '.join(modes.MODES)}")
@@ -75,6 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["compare"]:
         return compare.main(arguments[1:])
+    if arguments[:1] == ["markdown"] and len(arguments) == 2:
+        print(report.markdown(report.read(Path(arguments[1]))))
+        return 0
     p = parser()
     options = p.parse_args(arguments)
     try:

@@ -132,6 +132,28 @@ def read(path: Path) -> list[Row]:
     return [Row(**record) for record in json.loads(path.read_text())]
 
 
+def markdown(rows: list[Row], cache: str = "warm") -> str:
+    """A Markdown table of fresh outputs with one state of the caches, a line for each op and shape.
+
+    A cell has the time of each other provider over ours, and our share of the machine's limit.
+    """
+    chosen = groups([r for r in rows if (r.cache, r.output) in ((cache, "fresh"), ("", ""))])
+    others = [name for name in dict.fromkeys(r.provider for r in rows) if name != OURS]
+    modes = list(dict.fromkeys(key[3] for key in chosen))
+    head = ["op", *modes]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for label in dict.fromkeys(key[:3] for key in chosen):
+        cells = []
+        for mode in modes:
+            group = next((g for k, g in chosen.items() if k[:4] == (*label, mode)), {})
+            ratios = (ratio(group, name) for name in others)
+            cell = " / ".join("–" if v is None else f"{v:.2g}x" for v in ratios)
+            percent = group[OURS].percent if OURS in group else None
+            cells.append(cell if percent is None else f"{cell}, {percent:.0f} %")
+        lines.append(f"| {' '.join(label)} | {' | '.join(cells)} |")
+    return f"{' / '.join(others)}, share of the limit\n\n" + "\n".join(lines) + "\n"
+
+
 def draw(rows: list[Row], path: Path) -> None:
     """A bar for each measurement of the first cache and fresh outputs, against each provider."""
     import matplotlib

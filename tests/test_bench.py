@@ -44,6 +44,28 @@ def test_files(tmp_path, capsys):
     assert min(environment["copy_bytes_per_second"].values()) > 1e8
     assert files["png"].read_bytes()[:4] == b"\x89PNG" and files["png"].stat().st_size > 5000
     assert "geometric mean" in capsys.readouterr().out
+    assert main(["markdown", str(files["json"])]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "eager, share of the limit"
+    assert table[2] == "| op | forward | jvp | saved bytes |"
+    assert [line.split("|")[1].strip() for line in table[4:8]] == [
+        "softmax 64x1024 float32",
+        "softmax 64x1024 bfloat16",
+        "dropout 256x1024 float32",
+        "dropout 256x1024 bfloat16",
+    ]
+
+
+@pytest.mark.parametrize("mode", modes.TIMED)
+@pytest.mark.parametrize("case", {c.op: c for c in CASES}.values(), ids=lambda c: c.op)
+def test_every_op_has_a_reference_in_every_mode(case, mode):
+    shapes = [tuple(min(n, 4) for n in shape) for shape in case.shapes]
+    small = dataclasses.replace(case, shapes=tuple(shapes))
+    inputs = tuple(torch.randn(s, dtype=torch.float64) for s in shapes)
+    gy = torch.randn(small.output_shape, dtype=torch.float64)
+    m = torch.ones_like(gy) if case.random else None
+    results = modes.flatten(modes.callable_for(mode, reference(small, m), inputs, inputs, gy)())
+    assert all(r.isfinite().all() for r in results)
 
 
 def measured(case, mode, *names, dtype=torch.float32):

@@ -118,6 +118,9 @@ struct Bf16Pairs {
 #endif
 
 #if defined(__AMX_BF16__)
+// GCC's intrinsics of tiles do not tell it which memory they read and write.
+inline void compiler_fence() { asm volatile("" : : : "memory"); }
+
 // bfloat16 in tile registers of 16 rows by 64 bytes: squares of 16 lines by 16 pairs. Those of x
 // have a line in a row, those of w a pair of successive k.
 struct Bf16Squares {
@@ -142,6 +145,7 @@ struct Bf16Squares {
         shapes.row_bytes[i] = 64;
         shapes.rows[i] = kSquare;
       }
+      compiler_fence();
       _tile_loadconfig(&shapes);
     }
     ~Session() { _tile_release(); }
@@ -284,6 +288,7 @@ inline void tile_product<Bf16Squares>(const Bf16Squares::Packed* x, const Bf16Sq
                                       std::int64_t steps, const TileRows<const float>& from,
                                       const TileRows<float>& to) {
   constexpr int kSquare = Bf16Squares::kSquare;
+  compiler_fence();
   if (from.data) {
     const auto pitch = static_cast<int>(from.stride * sizeof(float));
     const float* below = from.data + kSquare * from.stride;
@@ -313,6 +318,7 @@ inline void tile_product<Bf16Squares>(const Bf16Squares::Packed* x, const Bf16Sq
   _tile_stored(1, to.data + kSquare, pitch);
   _tile_stored(2, below, pitch);
   _tile_stored(3, below + kSquare, pitch);
+  compiler_fence();
 }
 #endif
 

@@ -2,7 +2,7 @@
 #include <chrono>
 #include <cstdlib>
 
-#include "blocks.h"
+#include "gemm.h"
 
 namespace jops::JOPS_ISA {
 namespace {
@@ -50,7 +50,19 @@ double multiply_adds() {
   return 2.0 * Vec<A>::kLanes * kChains * kSteps;
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+double bf16_multiply_adds() {
+  constexpr std::int64_t kProducts = 4;  // squares of sums, as in a tile of linear
+  const Bf16Squares::Session session;
+  for (std::int64_t i = 0; i < kSteps / kProducts; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  return 2.0 * 16 * 16 * 32 * kSteps;
+}
+#elif defined(__AVX512BF16__)
 double bf16_multiply_adds() {
   __m512 sum[kChains];
   const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3c00), b = (__m512bh)_mm512_set1_epi16(0x3f00);
