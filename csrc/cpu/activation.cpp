@@ -1,9 +1,6 @@
 // Elementwise activations: value, derivatives of three orders, JVP, and what double backward needs.
 //
-// The formulas are in math/activations.h. A kernel for float and one for double run over plain
-// arrays; 16-bit types, the dropout mask and outputs that bypass the caches go through blocks in L1
-// around the same kernel: one more instantiation for each of them would cost compile time and save
-// nothing, as memory is the limit.
+// The formulas are in math/activations.h; one kernel for each of them, product and storage type.
 #include "../math/activations.h"
 #include "blocks.h"
 
@@ -63,26 +60,18 @@ struct VjpJvp {  // x, gy, tx[, tgy] -> gx, tgx
   }
 };
 
+// Runs over n elements, m its multipliers or null. With `streams` the outputs, aligned to whole
+// vectors then, are written past the caches.
 template <class T>
-using Kernel = void (*)(const Act&, const T* const* in, T* const* out, std::int64_t n);
+using Kernel = void (*)(const Act&, const T* const* in, T* const* out, const Compute<T>* m,
+                        std::int64_t n, bool streams);
 
-// One vector at element i: its loads, the jet, its stores. The tail is the same with n < kLanes
-// elements.
-template <class F, class Op, class T>
-struct Element {
-  using V = Vec<T>;
-  V in[Op::kIn], out[Op::kOut];
-
-  JOPS_HD void apply(const Params<V>& params) {
-    Op::template apply<F>(F::template jet<V>(in[0], params), in, out);
-  }
-};
-
-constexpr int kAhead = 4096;  // bytes: far enough for memory, near enough for L1
+constexpr std::int64_t kAhead = 4096;  // bytes: far enough for memory, near enough for L1
 
 template <class F, class Op, class T>
-void run(const Act& act, const T* const* ins, T* const* outs, std::int64_t n) {
-  using V = Vec<T>;
+void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* m, std::int64_t n,
+         bool streams) {
+  using V = Vec<Compute<T>>;
   constexpr int kLanes = V::kLanes, kUnroll = 2;
   const Params<V> params{V(act.a), V(act.b), V(act.c)};
   const T* in[Op::kIn];
@@ -90,7 +79,13 @@ void run(const Act& act, const T* const* ins, T* const* outs, std::int64_t n) {
   for (int k = 0; k < Op::kIn; ++k) in[k] = ins[k];
   for (int k = 0; k < Op::kOut; ++k) out[k] = outs[k];
 
-  Element<F, Op, T> e[kUnroll];
+  V x[kUnroll][Op::kIn], y[kUnroll][Op::kOut];
+  const auto apply = [&](int u, V scale) __attribute__((always_inline)) {
+    Op::template apply<F>(F::template jet<V>(x[u][0], params), x[u], y[u]);
+    if (m == nullptr) return;
+#pragma GCC unroll 4
+    for (int k = 0; k < Op::kOut; ++k) y[u][k] *= scale;
+  };
   std::int64_t i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
 #pragma GCC unroll 4
@@ -98,22 +93,27 @@ void run(const Act& act, const T* const* ins, T* const* outs, std::int64_t n) {
 #pragma GCC unroll 4
       for (int k = 0; k < Op::kIn; ++k) {
         prefetch(reinterpret_cast<const char*>(in[k] + i + u * kLanes) + kAhead);
-        e[u].in[k] = load(in[k] + i + u * kLanes);
+        x[u][k] = load(in[k] + i + u * kLanes);
       }
     }
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) e[u].apply(params);
+    for (int u = 0; u < kUnroll; ++u) apply(u, m ? load(m + i + u * kLanes) : V());
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
 #pragma GCC unroll 4
-      for (int k = 0; k < Op::kOut; ++k) store(out[k] + i + u * kLanes, e[u].out[k]);
+      for (int k = 0; k < Op::kOut; ++k) {
+        if (streams)
+          stream(out[k] + i + u * kLanes, y[u][k]);
+        else
+          store(out[k] + i + u * kLanes, y[u][k]);
+      }
     }
   }
   for (; i < n; i += kLanes) {
     const int count = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    for (int k = 0; k < Op::kIn; ++k) e[0].in[k] = load_n(in[k] + i, count);
-    e[0].apply(params);
-    for (int k = 0; k < Op::kOut; ++k) store_n(out[k] + i, e[0].out[k], count);
+    for (int k = 0; k < Op::kIn; ++k) x[0][k] = load_n(in[k] + i, count);
+    apply(0, m ? load_n(m + i, count) : V());
+    for (int k = 0; k < Op::kOut; ++k) store_n(out[k] + i, y[0][k], count);
   }
 }
 
@@ -167,56 +167,33 @@ Kernel<T> pick(Activation code) {
 }
 
 // Runs the kernel over whole buffers in tasks of fixed size.
-template <class Op, class A>
+template <class Op, class T>
 void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
             const Mask& mask, const Exec& exec) {
   constexpr std::int64_t kTask = 16 * kBlock;
-  const Kernel<A> kernel = pick<Op, A>(act.code);
+  const Kernel<T> kernel = pick<Op, T>(act.code);
   const std::int64_t size = in[0].size;
-  const Dtype dtype = in[0].dtype;
-  const std::int64_t width = size_of(dtype);
-  const bool converts = width != sizeof(A);
-  const bool streams = should_stream(Op::kOut * size * width);
+  bool streams = should_stream(Op::kOut * size * static_cast<std::int64_t>(sizeof(T)));
+  for (int k = 0; k < Op::kOut; ++k) streams = streams && can_stream(out[k].data);
 
   parallel((size + kTask - 1) / kTask, useful_threads(size, exec.threads), [&](std::int64_t task) {
     const std::int64_t begin = task * kTask, end = begin + kTask < size ? begin + kTask : size;
-    const A* x[Op::kIn];
-    A* y[Op::kOut];
-    if (!converts && !streams && !mask.given()) {
-      for (int k = 0; k < Op::kIn; ++k) x[k] = static_cast<const A*>(in[k].data) + begin;
-      for (int k = 0; k < Op::kOut; ++k) y[k] = static_cast<A*>(out[k].data) + begin;
-      kernel(act, x, y, end - begin);
-      return;
-    }
-    alignas(64) A x_block[Op::kIn][kBlock], y_block[Op::kOut][kBlock], m[kBlock];
-    alignas(64) char narrow[2 * kBlock];  // a block of 16-bit outputs
-    for (std::int64_t first = begin; first < end; first += kBlock) {
-      const std::int64_t n = end - first < kBlock ? end - first : kBlock;
-      for (int k = 0; k < Op::kIn; ++k) {
-        x[k] = x_block[k];
-        if (converts)
-          load_block(dtype, in[k].data, first, x_block[k], n);
-        else
-          x[k] = static_cast<const A*>(in[k].data) + first;
+    const auto over = [&](std::int64_t first, const Compute<T>* m, std::int64_t n) {
+      const T* x[Op::kIn];
+      T* y[Op::kOut];
+      for (int k = 0; k < Op::kIn; ++k) x[k] = static_cast<const T*>(in[k].data) + first;
+      for (int k = 0; k < Op::kOut; ++k) y[k] = static_cast<T*>(out[k].data) + first;
+      kernel(act, x, y, m, n, streams);
+    };
+    if (mask.given()) {
+      alignas(64) Compute<T> m[kBlock];
+      for (std::int64_t first = begin; first < end; first += kBlock) {
+        const std::int64_t n = end - first < kBlock ? end - first : kBlock;
+        dropout_range(mask, size, first, m, n);
+        over(first, m, n);
       }
-      for (int k = 0; k < Op::kOut; ++k) y[k] = y_block[k];
-      kernel(act, x, y, n);
-      if (mask.given()) dropout_range(mask, size, first, m, n);
-      for (int k = 0; k < Op::kOut; ++k) {
-        if (mask.given()) {
-          for (std::int64_t i = 0; i < n; ++i) y[k][i] *= m[i];
-        }
-        if (!streams) {
-          store_block(dtype, out[k].data, first, y[k], n);
-          continue;
-        }
-        const void* from = y[k];
-        if (converts) {
-          store_block(dtype, narrow, 0, y[k], n);
-          from = narrow;
-        }
-        stream_copy(static_cast<char*>(out[k].data) + first * width, from, n * width);
-      }
+    } else {
+      over(begin, nullptr, end - begin);
     }
     if (streams) stream_fence();
   });
@@ -226,10 +203,7 @@ template <class Op>
 void launch(const Act& given, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
             const Mask& mask, const Exec& exec) {
   const Act act = stored(given, in[0].dtype);
-  if (in[0].dtype == Dtype::kFloat64)
-    launch<Op, double>(act, in, out, mask, exec);
-  else
-    launch<Op, float>(act, in, out, mask, exec);
+  with_storage(in[0].dtype, [&](auto t) { launch<Op, decltype(t)>(act, in, out, mask, exec); });
 }
 
 void activation(const Act& act, const Buffer& x, const Buffer& y, const Mask& mask,
@@ -282,14 +256,14 @@ void activation_vjp_jvp(const Act& act, int order, const Buffer& x, const Buffer
 
 template <class F, class A>
 void value(const Act& act, const A* x, A* y, std::int64_t n) {
-  run<F, Value, A>(act, &x, &y, n);
+  run<F, Value, A>(act, &x, &y, nullptr, n, false);
 }
 
 template <class F, class A>
 void value_and_tangent(const Act& act, const A* x, const A* tx, A* y, A* ty, std::int64_t n) {
   const A* in[] = {x, tx};
   A* out[] = {y, ty};
-  run<F, Jvp, A>(act, in, out, n);
+  run<F, Jvp, A>(act, in, out, nullptr, n, false);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Conversions, dropout multipliers and streaming copies of blocks that stay in L1.
+// Conversions and dropout multipliers of blocks that stay in L1.
 #include "blocks.h"
 
 #include "../math/philox.h"
@@ -108,19 +108,6 @@ void store_block(Dtype dtype, void* data, std::int64_t first, const A* block, st
         store_n(p + i, load_n(block + i, static_cast<int>(n - i)), static_cast<int>(n - i));
     }
   });
-}
-
-void stream_copy(void* to, const void* from, std::int64_t bytes) {
-  char* out = static_cast<char*>(to);
-  const char* in = static_cast<const char*>(from);
-  std::int64_t head = -reinterpret_cast<std::intptr_t>(out) & (kVectorBytes - 1);
-  if (head > bytes) head = bytes;
-  std::memcpy(out, in, static_cast<std::size_t>(head));
-  std::int64_t i = head;
-  for (; i + kVectorBytes <= bytes; i += kVectorBytes) {
-    stream(reinterpret_cast<float*>(out + i), load(reinterpret_cast<const float*>(in + i)));
-  }
-  std::memcpy(out + i, in + i, static_cast<std::size_t>(bytes - i));
 }
 
 #define JOPS_INSTANTIATE(A)                                                               \

@@ -85,8 +85,10 @@ void store_block(Dtype dtype, void* data, std::int64_t first, const A* block, st
 // Outputs of at least this many bytes are written past the caches, which they would sweep for
 // nothing.
 inline bool should_stream(std::int64_t bytes) { return bytes >= stream_threshold(); }
-// Copies from a block in L1 to memory with non-temporal stores.
-void stream_copy(void* to, const void* from, std::int64_t bytes);
+// Whether whole vectors of an array can be.
+inline bool can_stream(const void* data) {
+  return reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0;
+}
 
 // Threads. parallel(tasks, threads, body) runs body(task) for 0 <= task < tasks on at most
 // `threads` threads, contiguous ranges of tasks each; serially when threads == 1, for one task, or

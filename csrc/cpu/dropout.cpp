@@ -13,19 +13,18 @@ void run(const Buffer& x, const Buffer& residual, const Buffer& y, const Mask& m
   constexpr int kLanes = Vec<A>::kLanes;
   constexpr std::int64_t kTask = 16 * kBlock, kAhead = 4096 / sizeof(T);
   const std::int64_t size = x.size;
-  const bool streams = should_stream(size * static_cast<std::int64_t>(sizeof(T)));
+  const bool streams =
+      should_stream(size * static_cast<std::int64_t>(sizeof(T))) && can_stream(y.data);
 
   parallel((size + kTask - 1) / kTask, useful_threads(size, exec.threads), [&](std::int64_t task) {
     const std::int64_t begin = task * kTask, end = begin + kTask < size ? begin + kTask : size;
     alignas(64) A m[kBlock];
-    alignas(64) T stage[kBlock];
     for (int i = 0; i < kBlock; ++i) m[i] = 1;
     for (std::int64_t first = begin; first < end; first += kBlock) {
       const std::int64_t n = end - first < kBlock ? end - first : kBlock;
       const T* in = static_cast<const T*>(x.data) + first;
       const T* add = kAdd ? static_cast<const T*>(residual.data) + first : nullptr;
       T* out = static_cast<T*>(y.data) + first;
-      T* to = streams ? stage : out;
       if (mask.given()) dropout_range(mask, size, first, m, n);
       std::int64_t i = 0;
       for (; i + kLanes <= n; i += kLanes) {
@@ -35,15 +34,17 @@ void run(const Buffer& x, const Buffer& residual, const Buffer& y, const Mask& m
           prefetch(add + i + kAhead);
           r += load(add + i);
         }
-        store(to + i, r);
+        if (streams)
+          stream(out + i, r);
+        else
+          store(out + i, r);
       }
       if (i < n) {
         const int rest = static_cast<int>(n - i);
         Vec<A> r = load(m + i) * load_n(in + i, rest);
         if constexpr (kAdd) r += load_n(add + i, rest);
-        store_n(to + i, r, rest);
+        store_n(out + i, r, rest);
       }
-      if (streams) stream_copy(out, stage, n * static_cast<std::int64_t>(sizeof(T)));
     }
     if (streams) stream_fence();
   });

@@ -32,6 +32,22 @@ struct Call {
     if (mask.given()) return dropout_range(mask, size, first, m, n);
     for (std::int64_t i = 0; i < n; ++i) m[i] = 1;
   }
+  // Elements from `at` on before the results' first whole vector in memory.
+  std::int64_t head(std::int64_t at) const {
+    constexpr std::uintptr_t kVector = Vec<Compute<T>>::kLanes * sizeof(T);
+    if (!streams) return 0;
+    return static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(out[0] + at) % kVector /
+                                     sizeof(T));
+  }
+  // The first `lanes` of y to out[k][at], past the caches where that is wanted.
+  JOPS_HD void write(int k, std::int64_t at, Vec<Compute<T>> y, int lanes) const {
+    if (lanes != Vec<Compute<T>>::kLanes)
+      store_n(out[k] + at, y, lanes);
+    else if (streams)
+      stream(out[k] + at, y);
+    else
+      store(out[k] + at, y);
+  }
 };
 
 // The inputs of one vector of elements. Lanes past the end add nothing to a sum: logits are filled
@@ -55,10 +71,12 @@ struct Inputs {
   static JOPS_HD V exponential(V d) { return exp<Op::kLogits>(d); }
 };
 
-// f(i, count) for the vectors of n elements; count is a constant in the body.
+// f(i, count) for the vectors of n elements after the first `head`; count is a constant in the
+// body.
 template <int kLanes, class F>
-JOPS_HD void for_vectors(std::int64_t n, const F& f) {
-  std::int64_t i = 0;
+JOPS_HD void for_vectors(std::int64_t n, std::int64_t head, const F& f) {
+  std::int64_t i = head < n ? head : n;
+  if (i > 0) f(0, static_cast<int>(i));
   for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
   if (i < n) f(i, static_cast<int>(n - i));
 }
@@ -67,7 +85,7 @@ template <class Op, class T, bool kMasked>
 void contiguous_row(const Call<T>& call, std::int64_t row) {
   using A = Compute<T>;
   using V = Vec<A>;
-  constexpr std::int64_t kAhead = 4096 / sizeof(T);
+  constexpr std::int64_t kAhead = 4096 / sizeof(T), kNear = (128 << 10) / sizeof(T);
   const std::int64_t n = call.rows.n, start = row * n;
   const V scale(static_cast<A>(call.rows.scale));
   const A fill = call.rows.scale < 0 ? std::numeric_limits<A>::infinity()
@@ -88,10 +106,10 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
     top = V(max_lane(max(a, b)));
   }
 
-  alignas(64) A m[kMasked ? kBlock : 1];
+  alignas(64) A m[kMasked ? kBlock + V::kLanes : 1];  // a head may read past the block
   // The exponentials of a row that fits are kept between the passes.
   constexpr std::int64_t kKeep = 8192;
-  alignas(64) A kept[Op::kLogits ? kKeep : 1];
+  alignas(64) A kept[Op::kLogits ? kKeep + V::kLanes : 1];
   const bool keeps = Op::kLogits && n <= kKeep;
   // Partial sums of a block first, then their sum: the error grows with the number of blocks, not
   // of elements.
@@ -99,7 +117,7 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
   for (V& s : sum) s = V(A(0));
   for (std::int64_t block = 0; block < n; block += kBlock) {
     const std::int64_t count = n - block < kBlock ? n - block : kBlock;
-    if constexpr (kMasked) {
+    if constexpr (kMasked && Op::kMaskInSums) {
       call.multipliers(start + block, m, count);
       for (std::int64_t i = count; i % V::kLanes; ++i) m[i] = 0;  // the tail enters the sums
     }
@@ -111,7 +129,7 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
       e.read(call, start + block + i, lanes, fill);
       const V exponential = e.exponential(e.log_like(scale, top));
       if (keeps) store(kept + block + i, exponential);
-      Op::add(e.in, exponential, kMasked ? load(m + i) : V(A(1)), to);
+      Op::add(e.in, exponential, kMasked && Op::kMaskInSums ? load(m + i) : V(A(1)), to);
     };
     std::int64_t i = 0;
     for (; i + 2 * V::kLanes <= count; i += 2 * V::kLanes) {
@@ -134,13 +152,14 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
   Op::finish(finished);
   for (int s = 0; s < Op::kSums; ++s) sum[s] = V(finished[s]);
 
-  alignas(64) T stage[Op::kOut][kBlock];
+  // Read and write at once, as a copy does: the next row comes while this one goes.
+  const std::int64_t ahead = n < kAhead || n > kNear ? kAhead : n;
   for (std::int64_t block = 0; block < n; block += kBlock) {
     const std::int64_t count = n - block < kBlock ? n - block : kBlock, at = start + block;
-    if (kMasked && n > kBlock) call.multipliers(at, m, count);
-    T* to[Op::kOut];
-    for (int k = 0; k < Op::kOut; ++k) to[k] = call.streams ? stage[k] : call.out[k] + at;
-    for_vectors<V::kLanes>(count, [&](std::int64_t i, int lanes) {
+    if (kMasked && !(Op::kMaskInSums && n <= kBlock)) call.multipliers(at, m, count);
+    for_vectors<V::kLanes>(count, call.head(at), [&](std::int64_t i, int lanes) {
+#pragma GCC unroll 4
+      for (int k = 0; k < Op::kIn; ++k) prefetch(call.in[k] + at + i + ahead);
       Inputs<Op, T> e;
       e.read(call, at + i, lanes, fill);
       V out[Op::kOut];
@@ -148,18 +167,8 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
       Op::emit(e.in, d, keeps ? load(kept + block + i) : e.exponential(d),
                kMasked ? load(m + i) : V(A(1)), sum, scale, out);
 #pragma GCC unroll 2
-      for (int k = 0; k < Op::kOut; ++k) {
-        if (lanes == V::kLanes)
-          store(to[k] + i, out[k]);
-        else
-          store_n(to[k] + i, out[k], lanes);
-      }
+      for (int k = 0; k < Op::kOut; ++k) call.write(k, at + i, out[k], lanes);
     });
-    if (call.streams) {
-      for (int k = 0; k < Op::kOut; ++k) {
-        stream_copy(call.out[k] + at, stage[k], count * static_cast<std::int64_t>(sizeof(T)));
-      }
-    }
   }
 }
 
@@ -175,14 +184,15 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
   const std::int64_t start = outer * n * inner + column;
   const V scale(static_cast<A>(call.rows.scale));
 
+  constexpr int kStripRoom = kStrip + V::kLanes;  // a head may read past the strip
   // `lost` is what rounding took from `sum` (Kahan): a column's sum is as good as a row's, which is
   // kept in lanes.
-  alignas(64) A top[kStrip], sum[Op::kSums][kStrip], lost[Op::kSums][kStrip];
+  alignas(64) A top[kStripRoom], sum[Op::kSums][kStripRoom], lost[Op::kSums][kStrip];
   for (int j = 0; j < kStrip; ++j) {
     top[j] = -kInfinity;
     for (int s = 0; s < Op::kSums; ++s) sum[s][j] = lost[s][j] = 0;
   }
-  alignas(64) A m[kMasked ? kDeep : 1][kMasked ? kStrip : 1];
+  alignas(64) A m[kMasked ? kDeep : 1][kMasked ? kStripRoom : 1];
   const auto draw = [&](std::int64_t row, std::int64_t rows) {
     if constexpr (kMasked) {
       for (std::int64_t r = 0; r < rows; ++r) {
@@ -193,8 +203,8 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
 
   for (std::int64_t row = 0; row < n; row += kDeep) {
     const std::int64_t rows = n - row < kDeep ? n - row : kDeep;
-    draw(row, rows);
-    for_vectors<V::kLanes>(width, [&](std::int64_t j, int lanes) {
+    if constexpr (Op::kMaskInSums) draw(row, rows);
+    for_vectors<V::kLanes>(width, 0, [&](std::int64_t j, int lanes) {
       const std::int64_t at = start + row * inner + j;
       Inputs<Op, T> e;
       V reference(A(0)), part[Op::kSums];
@@ -223,7 +233,7 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
         }
         e.read(call, at + r * inner, lanes, A(0));
         Op::add(e.in, e.exponential(e.log_like(scale, reference)),
-                kMasked ? load(m[r] + j) : V(A(1)), part);
+                kMasked && Op::kMaskInSums ? load(m[r] + j) : V(A(1)), part);
       }
       for (int s = 0; s < Op::kSums; ++s) {
         V total = load(sum[s] + j), rest = load(lost[s] + j);
@@ -240,13 +250,10 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
     for (int k = 0; k < Op::kSums; ++k) store(sum[k] + j, s[k]);
   }
 
-  alignas(64) T stage[Op::kOut][kStrip];
   for (std::int64_t row = 0; row < n; ++row) {
     const std::int64_t at = start + row * inner;
     draw(row, 1);
-    T* to[Op::kOut];
-    for (int k = 0; k < Op::kOut; ++k) to[k] = call.streams ? stage[k] : call.out[k] + at;
-    for_vectors<V::kLanes>(width, [&](std::int64_t j, int lanes) {
+    for_vectors<V::kLanes>(width, call.head(at), [&](std::int64_t j, int lanes) {
       Inputs<Op, T> e;
       V s[Op::kSums], out[Op::kOut];
 #pragma GCC unroll 4
@@ -256,18 +263,8 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
       const V d = e.log_like(scale, load(top + j));
       Op::emit(e.in, d, e.exponential(d), kMasked ? load(m[0] + j) : V(A(1)), s, scale, out);
 #pragma GCC unroll 2
-      for (int k = 0; k < Op::kOut; ++k) {
-        if (lanes == V::kLanes)
-          store(to[k] + j, out[k]);
-        else
-          store_n(to[k] + j, out[k], lanes);
-      }
+      for (int k = 0; k < Op::kOut; ++k) call.write(k, at + j, out[k], lanes);
     });
-    if (call.streams) {
-      for (int k = 0; k < Op::kOut; ++k) {
-        stream_copy(call.out[k] + at, stage[k], width * static_cast<std::int64_t>(sizeof(T)));
-      }
-    }
   }
 }
 
@@ -311,6 +308,11 @@ void launch(const Rows& rows, const Buffer (&in)[Op::kIn], const Buffer (&out)[O
     call.mask = mask;
     call.size = in[0].size;
     call.streams = should_stream(Op::kOut * call.size * static_cast<std::int64_t>(sizeof(T)));
+    for (int k = 1; k < Op::kOut; ++k) {
+      const auto apart = reinterpret_cast<std::uintptr_t>(call.out[k]) -
+                         reinterpret_cast<std::uintptr_t>(call.out[0]);
+      call.streams = call.streams && apart % kVectorBytes == 0;
+    }
     run<Op, T, kMasked>(call, exec.threads);
   });
 }

@@ -97,13 +97,13 @@ struct Tanh : Smooth {
   }
 };
 
-struct Gelu : Smooth {  // x Phi(x)
+struct Gelu : Smooth {  // x Phi(x) = max(x, 0) - |x| Phi(-|x|)
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const Normal<A> n = normal(x);
     const A z = clamp(x, -40, 40);
     const A square = z * z;
-    return {max(A(-40), x) * n.cdf, fma(z, n.pdf, n.cdf), n.pdf * (A(2) - square),
+    return {fma(-n.a, n.tail, max(A(0), x)), fma(z, n.pdf, n.cdf), n.pdf * (A(2) - square),
             n.pdf * z * (square - A(4))};
   }
 };
@@ -136,7 +136,7 @@ struct Silu : Smooth {  // x sigmoid(x)
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const A z = clamp(x, -1000, 1000);
-    const Logistic<A> l = logistic(z);
+    const Logistic<A> l = logistic(x);
     const A s1 = l.s * l.c;
     const A s2 = s1 * (l.c - l.s);
     const A s3 = s1 * (A(1) - A(6) * s1);
@@ -161,13 +161,13 @@ struct Mish : Smooth {  // x w, w = tanh(softplus(x)) = n/(n + 2), n = e^x (e^x 
   template <class A>
   static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
     const A z = clamp(x, -1000, 1000);
-    const auto one = z > A(20);  // there w = 1 to the last digit
-    const A e = exp(min(A(20), z));
+    const auto one = x > A(20);  // there w = 1 to the last digit
+    const A e = exp(min(A(20), x));
     const A n = e * (e + A(2));
-    const A r = A(1) / (n + A(2));
+    const A r = reciprocal(n + A(2));
     const A w = select(one, A(1), n * r);
     const A d = select(one, A(0), A(4) * (n + A(1)) * r * r);  // 1 - w^2
-    const A c = A(1) / (A(1) + e);
+    const A c = reciprocal(A(1) + e);
     const A s = e * c;                   // sigmoid(x); c is its complement
     const A g = s * (c - A(2) * w * s);  // w' = d s, w'' = d g, w''' = d (g' - 2 w s g)
     const A g1 = s * (c * (c - s) - s * (A(2) * d * s + A(4) * w * c));

@@ -24,37 +24,51 @@ JOPS_HD A clamp(A x, Scalar<A> low, Scalar<A> high) {
   return max(A(low), min(A(high), x));
 }
 
-// e^x = 2^n (1 + q), q = expm1 of the rest in [-ln2/2, ln2/2].
+// e^x = 2^n (1 + r + r^2 p), r = x - n ln 2 in [-ln2/2, ln2/2].
 template <class A>
 struct ExpParts {
-  A n, q;
+  A n, r, p;
 };
+// `rest` gives x - n c for a c so short that n c is exact: most of ln 2.
+template <class A, class Rest>
+JOPS_HD ExpParts<A> exp_parts(A x, const Rest& rest) {
+  using T = Scalar<A>;
+  const A n = round_even(x * A(T(1.4426950408889634074)));
+  A r = rest(n, A(T(kSingle<A> ? 0.693359375 : 0.693147180369123816490)));
+  r = fma(n, A(T(kSingle<A> ? 2.12194440e-4 : -1.90821492927058770002e-10)), r);
+  if constexpr (kSingle<A>) {
+    return {n, r,
+            polynomial(r, {0.5f, 0.1666657667f, 0.04166655421f, 0.008363232884f, 0.001392625083f})};
+  } else {
+    return {
+        n, r,
+        polynomial(r, {0.5000000000000001031, 0.1666666666666666746, 0.04166666666662382053,
+                       0.008333333333330038197, 0.001388888891736708056, 0.0001984126986317155603,
+                       0.0000248015210578682052, 2.755726827690569619e-6, 2.762020159103154879e-7,
+                       2.5100472505694996e-8})};
+  }
+}
 template <bool kNegative = false, class A>  // kNegative: x <= 0 is known
 JOPS_HD ExpParts<A> exp_parts(A x) {
   using T = Scalar<A>;
   // Beyond these bounds the result is 0 or infinity; inside them n is in the range of scale2.
   x = max(A(T(kSingle<A> ? -104.5 : -746)), x);
   if constexpr (!kNegative) x = min(A(T(kSingle<A> ? 89 : 710)), x);
-  const A n = round_even(x * A(T(1.4426950408889634074)));
-  // ln 2 in two parts, the first short enough for n times it to be exact.
-  A r = fma(n, A(T(kSingle<A> ? -0.693359375 : -0.693147180369123816490)), x);
-  r = fma(n, A(T(kSingle<A> ? 2.12194440e-4 : -1.90821492927058770002e-10)), r);
-  A p;
-  if constexpr (kSingle<A>) {
-    p = polynomial(r, {0.5f, 0.1666657667f, 0.04166655421f, 0.008363232884f, 0.001392625083f});
-  } else {
-    p = polynomial(r, {0.5000000000000001031, 0.1666666666666666746, 0.04166666666662382053,
-                       0.008333333333330038197, 0.001388888891736708056, 0.0001984126986317155603,
-                       0.0000248015210578682052, 2.755726827690569619e-6, 2.762020159103154879e-7,
-                       2.5100472505694996e-8});
-  }
-  return {n, fma(r * r, p, r)};
+  return exp_parts(x, [&](A n, A c) { return fma(-n, c, x); });
+}
+template <class A>
+JOPS_HD A exp_value(const ExpParts<A>& e) {
+  return scale2(fma(e.r, fma(e.r, e.p, A(1)), A(1)), e.n);
 }
 
 template <bool kNegative = false, class A>  // 1 ulp
 JOPS_HD A exp(A x) {
-  const ExpParts<A> parts = exp_parts<kNegative>(x);
-  return scale2(A(1) + parts.q, parts.n);
+  return exp_value(exp_parts<kNegative>(x));
+}
+// e^(a b) with a product that is not rounded; it is in the bounds above. 1 ulp
+template <class A>
+JOPS_HD A exp_product(A a, A b) {
+  return exp_value(exp_parts(a * b, [&](A n, A c) { return fma(a, b, -(n * c)); }));
 }
 
 // e = e^x and m = e^x - 1 with relative accuracy at 0. 2 ulp
@@ -65,8 +79,8 @@ struct ExpBoth {
 template <bool kNegative = false, class A>
 JOPS_HD ExpBoth<A> exp_both(A x) {
   const ExpParts<A> parts = exp_parts<kNegative>(x);
-  const A s = scale2(A(1), parts.n);
-  return {scale2(A(1) + parts.q, parts.n), fma(parts.q, s, s - A(1))};
+  const A q = fma(parts.r * parts.r, parts.p, parts.r), s = scale2(A(1), parts.n);
+  return {scale2(A(1) + q, parts.n), fma(q, s, s - A(1))};
 }
 
 // log(1 + e) for 0 <= e <= 1: 2 atanh(s), s = e / (2 + e). 2 ulp
@@ -95,7 +109,7 @@ struct Logistic {
 template <class A>
 JOPS_HD Logistic<A> logistic(A x) {
   const A e = exp<true>(-abs(x));
-  const A large = A(1) / (A(1) + e);
+  const A large = reciprocal(A(1) + e);
   const A small = e * large;
   return {e, select(x < A(0), small, large), select(x < A(0), large, small)};
 }
@@ -108,7 +122,7 @@ struct TanhParts {
 template <class A>
 JOPS_HD TanhParts<A> tanh_parts(A x) {
   const ExpBoth<A> b = exp_both<true>(A(-2) * abs(x));
-  const A r = A(1) / (A(1) + b.e);
+  const A r = reciprocal(A(1) + b.e);
   return {copysign(b.m * r, x), A(4) * b.e * r * r};
 }
 
@@ -118,23 +132,21 @@ JOPS_HD TanhParts<A> tanh_parts(A x) {
 template <class A>
 struct Normal {
   A cdf, pdf;
+  A a, tail;  // |x| where that counts, and Phi(-|x|)
 };
 template <class A>
 JOPS_HD Normal<A> normal(A x) {
   using T = Scalar<A>;
-  const A a = min(A(40), abs(x));  // both are 0 there
-  const A square = a * a;
-  const A rest = fma(a, a, -square);  // what rounding took from the square
-  A e = exp<true>(A(-0.5) * square);
-  e = fma(e, A(-0.5) * rest, e);
+  const A a = min(A(T(kSingle<A> ? 14.4 : 38.6)), abs(x));  // both are 0 there
+  A e = exp_product(A(-0.5) * a, a);
   // Denormal numbers have no digits to keep, and cost some processors 100 cycles each.
   e = select(e < A(std::numeric_limits<T>::min()), A(0), e);
   A q;
   if constexpr (kSingle<A>) {
-    const A t = A(1) / fma(a, A(0.26f), A(1));
+    const A t = reciprocal(fma(a, A(0.4f), A(1)));
     q = polynomial(t,
-                   {-6.958368127e-6f, 0.1039014564f, 0.1017678633f, 0.1091909508f, 0.03218210756f,
-                    0.1980552993f, -0.1980422646f, 0.2886964813f, -0.1694615582f, 0.03371662438f});
+                   {-1.290607634e-5f, 0.159923479f, 0.1556191593f, 0.1592020392f, -0.01456794888f,
+                    0.2546610534f, -0.3773981333f, 0.2026485503f, -0.04007532820f});
   } else {
     const A t = A(1) / fma(a, A(0.2), A(1));  // in [1/9, 1], mapped to [-1, 1]
     q = polynomial(
@@ -149,7 +161,7 @@ JOPS_HD Normal<A> normal(A x) {
          1.837828148738456085e-13,   -1.747104287826137709e-11});
   }
   const A tail = e * q;
-  return {select(x < A(0), tail, A(1) - tail), e * A(T(0.39894228040143267794))};
+  return {select(x < A(0), tail, A(1) - tail), e * A(T(0.39894228040143267794)), a, tail};
 }
 
 }  // namespace jops::JOPS_ISA

@@ -179,6 +179,18 @@ JOPS_HD Vec<T> log(Vec<T> a) {
   return a;
 }
 
+// 1/a for normal a, to about an ulp. A whole division takes the place of ten multiplications.
+template <class T>
+JOPS_HD Vec<T> reciprocal(Vec<T> a) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    const Vec<T> r = _mm512_rcp14_ps(a.v);  // 14 bits, doubled by a step of Newton's
+    return fma(r, fma(-a, r, Vec<T>(T(1))), r);
+  }
+#endif
+  return Vec<T>(T(1)) / a;
+}
+
 // Nearest integer, ties to even; |a| < 2^(mantissa bits - 1).
 template <class T>
 JOPS_HD Vec<T> round_even(Vec<T> a) {
@@ -341,6 +353,13 @@ JOPS_HD V32 real(U32 a) { return reinterpret_cast<V32::Native>(a); }
 
 // Adding 0x7fff plus the lowest kept bit rounds to nearest even; NaN bypasses it, as it could wrap.
 JOPS_HD U16 to_bf16(V32 a) {
+#if defined(__AVX512BF16__)
+  // The instruction takes denormal numbers for zeros.
+  constexpr int kDenormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(a.v, kDenormal) == 0, 1)) {
+    return reinterpret_cast<U16>(_mm512_cvtneps_pbh(a.v));
+  }
+#endif
   const U32 u = word(a);
   const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return __builtin_convertvector(a.v == a.v ? rounded : (u >> 16) | 0x40u, U16);
@@ -467,15 +486,35 @@ JOPS_HD void store_n(T* p, Vec<Compute<T>> a, int n) {
   std::memcpy(p, buffer, static_cast<std::size_t>(n) * sizeof(T));
 }
 
-// A store past the caches; p is aligned to kVectorBytes. stream_fence() ends a run of them.
+// A store past the caches; p is aligned to what is stored. stream_fence() ends a run of them.
 template <class T>
-JOPS_HD void stream(T* p, Vec<T> a) {
+JOPS_HD void stream(T* p, Vec<Compute<T>> a) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(T) == 2) {
 #if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(a.v));
+    __m256i narrow;
 #elif defined(__AVX2__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(a.v));
-#elif defined(__x86_64__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(a.v));
+    __m128i narrow;
+#else
+    long long narrow;
+#endif
+    store(reinterpret_cast<T*>(&narrow), a);
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow);
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow);
+#else
+    _mm_stream_si64(reinterpret_cast<long long*>(p), narrow);
+#endif
+  } else {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(a.v));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(a.v));
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(a.v));
+#endif
+  }
 #else
   store(p, a);
 #endif

@@ -4,8 +4,8 @@
 // that a maximum comes first, or the saved output; the sums (`add` one element, `finish` them once
 // a row); and the outputs
 // (`emit`). Everywhere d is log-like: scale * x - max of a logit, y itself for a saved log_softmax;
-// e = e^d; m is the dropout multiplier (1 without). Generic over scalars and vectors. scale:
-// softmax(scale * x), -1 is softmin.
+// e = e^d; m is the dropout multiplier (1 without; kMaskInSums: the sums take it too). Generic over
+// scalars and vectors. scale: softmax(scale * x), -1 is softmin.
 #pragma once
 
 #include "functions.h"
@@ -14,7 +14,7 @@ namespace jops::JOPS_ISA {
 
 struct SoftmaxRow {  // x -> y
   static constexpr int kIn = 1, kOut = 1, kSums = 1;
-  static constexpr bool kLogits = true;
+  static constexpr bool kLogits = true, kMaskInSums = false;
   template <class V>
   static JOPS_HD void add(const V*, V e, V, V* sum) {
     sum[0] += e;
@@ -31,7 +31,7 @@ struct SoftmaxRow {  // x -> y
 
 struct SoftmaxJvpRow {  // x, tx -> y, ty = scale y (tx - <y, tx>), both times m
   static constexpr int kIn = 2, kOut = 2, kSums = 2;
-  static constexpr bool kLogits = true;
+  static constexpr bool kLogits = true, kMaskInSums = false;
   template <class V>
   static JOPS_HD void add(const V* in, V e, V, V* sum) {
     sum[0] += e;
@@ -51,7 +51,7 @@ struct SoftmaxJvpRow {  // x, tx -> y, ty = scale y (tx - <y, tx>), both times m
 
 struct SoftmaxDropoutVjpRow {  // x, gy -> gx = scale y (m gy - <y, m gy>), y recomputed from x
   static constexpr int kIn = 2, kOut = 1, kSums = 2;
-  static constexpr bool kLogits = true;
+  static constexpr bool kLogits = true, kMaskInSums = true;
   template <class V>
   static JOPS_HD void add(const V* in, V e, V m, V* sum) {
     sum[0] += e;
@@ -69,7 +69,7 @@ struct SoftmaxDropoutVjpRow {  // x, gy -> gx = scale y (m gy - <y, m gy>), y re
 
 // Products of a saved output: nothing to do between the sums and the map.
 struct FromOutput {
-  static constexpr bool kLogits = false;
+  static constexpr bool kLogits = false, kMaskInSums = false;
   template <class V>
   static JOPS_HD void finish(V*) {}
 };
@@ -126,7 +126,7 @@ struct SoftmaxVjpJvpRow : FromOutput {
 
 struct LogSoftmaxRow {  // x -> y = x - logsumexp(x)
   static constexpr int kIn = 1, kOut = 1, kSums = 1;
-  static constexpr bool kLogits = true;
+  static constexpr bool kLogits = true, kMaskInSums = false;
   template <class V>
   static JOPS_HD void add(const V*, V e, V, V* sum) {
     sum[0] += e;
@@ -143,7 +143,7 @@ struct LogSoftmaxRow {  // x -> y = x - logsumexp(x)
 
 struct LogSoftmaxJvpRow {  // x, tx -> y, ty = scale (tx - <softmax, tx>)
   static constexpr int kIn = 2, kOut = 2, kSums = 2;
-  static constexpr bool kLogits = true;
+  static constexpr bool kLogits = true, kMaskInSums = false;
   template <class V>
   static JOPS_HD void add(const V* in, V e, V m, V* sum) {
     SoftmaxJvpRow::add(in, e, m, sum);
