@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import compare, measure, modes, providers, report
+from . import compare, limits, measure, modes, providers, report
 from .cases import CASES
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Measure jacobian_ops beside native autograd, interleaved in one run.  Each "
         "row is checked against float64 first.  Lists are separated by commas.",
-        epilog="python -m bench compare OLD NEW: what got slower between two --json files.  "
+        epilog="python -m bench limits: each op against its target and the machine's limit.  "
+        "python -m bench compare OLD NEW: what got slower between two --json files.  "
         "python -m bench markdown FILE: the table of one.",
     )
     p.add_argument("--op", type=_choices(ops), help=f"of {', '.join(ops)}")
@@ -76,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["compare"]:
         return compare.main(arguments[1:])
+    if arguments[:1] == ["limits"]:
+        return limits.main(arguments[1:])
     if arguments[:1] == ["markdown"] and len(arguments) == 2:
         print(report.markdown(report.read(Path(arguments[1]))))
         return 0

@@ -93,10 +93,11 @@ _ATEN = {
 }
 
 
-def _activation(name: str, shape, quick: bool = False) -> Case:
+def activation(name: str, shape, quick: bool = False, **params) -> Case:
+    """One activation; ``params`` as in torch.nn.functional."""
     ours, native = getattr(J, name), getattr(F, name, None) or getattr(torch, name)
     prepared = {}
-    forward, vjp = _ATEN.get(name, (None, None))
+    forward, vjp = (None, None) if params else _ATEN.get(name, (None, None))
     if forward:
         prepared["forward"] = {
             "jacobian_ops": _into(lambda x, gy, out: kernels.activation(x, name, out=out)),
@@ -109,16 +110,17 @@ def _activation(name: str, shape, quick: bool = False) -> Case:
         }
     return Case(
         name,
-        _label(*shape),
+        _label(*shape) + "".join(f", {value}" for value in params.values()),
         (shape,),
-        {"jacobian_ops": lambda x: ours(x), "eager": lambda x: native(x)},
+        {"jacobian_ops": lambda x: ours(x, **params), "eager": lambda x: native(x, **params)},
         _pointwise_traffic(shape),
         prepared=prepared,
         quick=quick,
     )
 
 
-def _softmax(name: str, shape, dim: int = -1, quick: bool = False) -> Case:
+def softmax(name: str, shape, dim: int = -1, quick: bool = False) -> Case:
+    """One softmax over ``dim``."""
     ours, native = getattr(J, name), getattr(F, name)
     prepared = {}
     if name != "softmin":
@@ -162,7 +164,8 @@ def _softmax(name: str, shape, dim: int = -1, quick: bool = False) -> Case:
     )
 
 
-def _dropout(shape, quick: bool = False) -> Case:
+def dropout(shape, quick: bool = False) -> Case:
+    """Dropout."""
     return Case(
         "dropout",
         _label(*shape),
@@ -174,7 +177,8 @@ def _dropout(shape, quick: bool = False) -> Case:
     )
 
 
-def _dropout_add(shape) -> Case:
+def dropout_add(shape) -> Case:
+    """Dropout and a residual."""
     n = math.prod(shape)
     return Case(
         "dropout_add",
@@ -190,7 +194,8 @@ def _dropout_add(shape) -> Case:
     )
 
 
-def _softmax_dropout(shape) -> Case:
+def softmax_dropout(shape) -> Case:
+    """Softmax and dropout of its result."""
     return Case(
         "softmax_dropout",
         _label(*shape),
@@ -216,7 +221,8 @@ def _linear_work(m: int, k: int, n: int) -> tuple[dict[str, float], dict[str, fl
     return traffic, {mode: 2.0 * m * k * n * count for mode, count in PRODUCTS.items()}
 
 
-def _linear(m: int, k: int, n: int, quick: bool = False) -> Case:
+def linear(m: int, k: int, n: int, quick: bool = False) -> Case:
+    """(m, k) times (k, n), and a bias."""
     traffic, flops = _linear_work(m, k, n)
 
     def prepare(run):
@@ -243,7 +249,8 @@ def _linear(m: int, k: int, n: int, quick: bool = False) -> Case:
     )
 
 
-def _linear_act_dropout(name: str, m: int, k: int, n: int, p: float, quick: bool = False) -> Case:
+def linear_act_dropout(name: str, m: int, k: int, n: int, p: float, quick: bool = False) -> Case:
+    """A linear layer, an activation and dropout."""
     native = getattr(F, name)
     traffic, flops = _linear_work(m, k, n)
 
@@ -273,31 +280,31 @@ ACTIVATIONS = (
 )
 
 CASES = (
-    _linear(2048, 1024, 4096),
-    _linear(4096, 256, 1024),
-    _linear(16384, 64, 256),
-    _linear(64, 4096, 4096),
-    _linear(256, 256, 256, quick=True),
-    *(_activation(name, LARGE) for name in ACTIVATIONS),
-    _activation("relu", SMALL, quick=True),
-    _activation("gelu", SMALL, quick=True),
-    _softmax("softmax", (8192, 1024)),
-    _softmax("softmax", (512, 32768)),
-    _softmax("softmax", (64, 1024, 64), dim=1),
-    _softmax("softmax", (64, 1024), quick=True),
-    _softmax("log_softmax", (8192, 1024)),
-    _softmax("log_softmax", (512, 32768)),
-    _softmax("softmin", (8192, 1024)),
-    _dropout((4096, 4096)),
-    _dropout((256, 1024), quick=True),
-    _dropout_add((4096, 1024)),
-    _softmax_dropout((8192, 1024)),
-    _linear_act_dropout("gelu", 2048, 1024, 4096, 0.0),
-    _linear_act_dropout("gelu", 2048, 1024, 4096, P),
-    _linear_act_dropout("gelu", 4096, 256, 1024, 0.0),
-    _linear_act_dropout("gelu", 4096, 256, 1024, P),
-    _linear_act_dropout("gelu", 16384, 64, 256, P),
-    _linear_act_dropout("gelu", 256, 256, 256, P, quick=True),
+    linear(2048, 1024, 4096),
+    linear(4096, 256, 1024),
+    linear(16384, 64, 256),
+    linear(64, 4096, 4096),
+    linear(256, 256, 256, quick=True),
+    *(activation(name, LARGE) for name in ACTIVATIONS),
+    activation("relu", SMALL, quick=True),
+    activation("gelu", SMALL, quick=True),
+    softmax("softmax", (8192, 1024)),
+    softmax("softmax", (512, 32768)),
+    softmax("softmax", (64, 1024, 64), dim=1),
+    softmax("softmax", (64, 1024), quick=True),
+    softmax("log_softmax", (8192, 1024)),
+    softmax("log_softmax", (512, 32768)),
+    softmax("softmin", (8192, 1024)),
+    dropout((4096, 4096)),
+    dropout((256, 1024), quick=True),
+    dropout_add((4096, 1024)),
+    softmax_dropout((8192, 1024)),
+    linear_act_dropout("gelu", 2048, 1024, 4096, 0.0),
+    linear_act_dropout("gelu", 2048, 1024, 4096, P),
+    linear_act_dropout("gelu", 4096, 256, 1024, 0.0),
+    linear_act_dropout("gelu", 4096, 256, 1024, P),
+    linear_act_dropout("gelu", 16384, 64, 256, P),
+    linear_act_dropout("gelu", 256, 256, 256, P, quick=True),
 )
 
 

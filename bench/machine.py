@@ -65,8 +65,9 @@ def device_limits(index: int) -> tuple[float, dict[torch.dtype, float]]:
 def cache_bytes() -> int:
     """Size of the last-level cache, 32 MiB where the system does not tell."""
     try:
-        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 0) or 32 << 20
-    except (ValueError, OSError):
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text.removesuffix("K")) << 10
+    except (OSError, ValueError):
         return 32 << 20
 
 

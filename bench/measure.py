@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
@@ -71,6 +72,99 @@ class Row:
         return f"{self.bytes / self.median / 1e9:.1f} GB/s"
 
 
+def random_tensors(case: Case, dtype: torch.dtype, device: torch.device):
+    """Inputs, a tangent for each, and a cotangent; the same for every provider."""
+    generator = torch.Generator(device).manual_seed(SEED)
+
+    def random(shape):
+        # Of variance 1/K for the weights, so that results stay near one.
+        scale = shape[-1] ** -0.5 if len(shape) == 2 and case.op.startswith("linear") else 1.0
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+
+    inputs, tangents = (tuple(map(random, case.shapes)) for _ in range(2))
+    return inputs, tangents, random(case.output_shape)
+
+
+@dataclass
+class Prepared:
+    """What to call, by provider; the error of its results where that is known; who fails."""
+
+    calls: dict[str, Callable] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def prepare(
+    case: Case,
+    dtype: torch.dtype,
+    mode: str,
+    providers: list[Provider],
+    device: torch.device,
+    output: str = "fresh",
+) -> Prepared:
+    """Calls that ran once, with their results checked against float64."""
+    prepared = Prepared()
+    inputs, tangents, gy = random_tensors(case, dtype, device)
+    for provider in providers:
+        try:
+            torch.manual_seed(SEED)
+            if output == "fresh":
+                call = provider.prepare(case, mode, inputs, tangents, gy)
+            else:
+                call = provider.into(case, mode, inputs, gy)
+            if call is None:
+                continue
+            torch.manual_seed(SEED)
+            results = call()
+        except Exception as e:
+            first = str(e).splitlines()[0]
+            prepared.failed[provider.name] = f"fails: {type(e).__name__}: {first}"
+            continue
+        if provider.checkable(case):
+            prepared.errors[provider.name] = _error(
+                case, provider, mode, results, inputs, tangents, gy
+            )
+        prepared.calls[provider.name] = call
+    return prepared
+
+
+def _error(case, provider, mode, results, inputs, tangents, gy) -> float:
+    m = mask(case, provider.function, gy.dtype, gy.device) if case.random else None
+    wide = [tuple(t.double() for t in ts) for ts in (inputs, tangents)]
+    expected = modes.callable_for(mode, reference(case, m), *wide, gy.double())()
+    worst = 0.0
+    for got, want in zip(modes.flatten(results), modes.flatten(expected), strict=True):
+        scale = want.abs().max().clamp(min=1e-30)
+        worst = max(worst, ((got.double() - want).abs().max() / scale).item())
+    return worst
+
+
+def status(name: str, errors: dict[str, float], dtype: torch.dtype) -> str:
+    """``ok``, ``unchecked`` or ``wrong: ...`` of a provider among the errors of all."""
+    if name not in errors:
+        return "unchecked"
+    floor = FLOAT64_ERROR if dtype is torch.float64 else ERROR_EPS * torch.finfo(dtype).eps
+    allowed = max(ERROR_RATIO * errors.get("eager", 0.0), floor)
+    if not errors[name] <= allowed:
+        return f"wrong: error {errors[name]:.1e}, allowed {allowed:.1e}"
+    return "ok"
+
+
+def set_limits(row: Row, case: Case, dtype: torch.dtype, device: torch.device, cold: bool) -> None:
+    """Fill in what the row must move and compute, and how long the machine needs for that."""
+    row.bytes = case.traffic[row.mode] * dtype.itemsize
+    row.flops = case.flops.get(row.mode)
+    if device.type == "cuda":
+        copy, peaks = machine.device_limits(device.index or 0)
+        peak = peaks[dtype]
+    else:
+        copy = machine.bandwidth(row.bytes, row.threads, cold)
+        peak = machine.flops(dtype, row.threads)
+    needs = {"copy": row.bytes / copy, "fma": (row.flops or 0) / peak}
+    row.limit = max(needs, key=needs.get)
+    row.limit_seconds = needs[row.limit]
+
+
 @dataclass
 class Run:
     """What to measure, and how long."""
@@ -106,101 +200,38 @@ class Run:
         return rows
 
     def _rows(self, case: Case, dtype: torch.dtype, mode: str) -> list[Row]:
-        generator = torch.Generator(self.device).manual_seed(SEED)
-
-        def random(shape):
-            # Of variance 1/K for the weights, so that results stay near one.
-            scale = shape[-1] ** -0.5 if len(shape) == 2 and case.op.startswith("linear") else 1.0
-            made = torch.randn(shape, generator=generator, device=self.device) * scale
-            return made.to(dtype)
-
-        inputs, tangents = (tuple(random(s) for s in case.shapes) for _ in range(2))
-        gy = random(case.output_shape)
         if mode == "saved bytes":
-            return self._saved(case, dtype, inputs)
+            return self._saved(case, dtype)
         rows = []
         for output in ("fresh", "preallocated"):
-            calls, errors, failed = {}, {}, {}
-            for provider in self.providers:
-                try:
-                    torch.manual_seed(SEED)
-                    if output == "fresh":
-                        call = provider.prepare(case, mode, inputs, tangents, gy)
-                    else:
-                        call = provider.into(case, mode, inputs, gy)
-                    if call is None:
-                        continue
-                    torch.manual_seed(SEED)
-                    results = call()
-                except Exception as e:
-                    failed[provider.name] = f"fails: {type(e).__name__}: {str(e).splitlines()[0]}"
-                    continue
-                if provider.checkable(case):
-                    errors[provider.name] = self._error(
-                        case, provider, mode, results, inputs, tangents, gy
-                    )
-                calls[provider.name] = call
-            if calls:
-                rows += self._timed(case, dtype, mode, output, calls, errors, failed)
+            prepared = prepare(case, dtype, mode, self.providers, self.device, output)
+            if prepared.calls:
+                rows += self._timed(case, dtype, mode, output, prepared)
         return rows
 
-    def _timed(self, case, dtype, mode, output, calls, errors, failed) -> list[Row]:
+    def _timed(self, case, dtype, mode, output, prepared) -> list[Row]:
         rows = []
         for cache in self.caches:
             clock = Clock(self.device, cache == "cold")
-            measured = interleaved(calls, clock, self.seconds, self.rounds)
-            for name in [*calls, *failed]:
+            measured = interleaved(prepared.calls, clock, self.seconds, self.rounds)
+            for name in [*prepared.calls, *prepared.failed]:
                 row = Row(
                     *(case.op, case.label, str(dtype).removeprefix("torch.")),
                     *(mode, cache, output, torch.get_num_threads(), name),
-                    error=errors.get(name),
+                    error=prepared.errors.get(name),
                 )
-                if name in failed:
-                    row.status = failed[name]
+                if name in prepared.failed:
+                    row.status = prepared.failed[name]
                 else:
                     m = measured[name]
                     row.median, row.lower, row.upper = m.median, m._p25, m._p75
-                    self._limits(row, case, dtype, mode, cache == "cold")
-                    row.status = self._status(name, errors, dtype)
+                    set_limits(row, case, dtype, self.device, cache == "cold")
+                    row.status = status(name, prepared.errors, dtype)
                 rows.append(row)
         return rows
 
-    def _limits(self, row, case, dtype, mode, cold):
-        row.bytes = case.traffic[mode] * dtype.itemsize
-        row.flops = case.flops.get(mode)
-        if self.device.type == "cuda":
-            copy, peaks = machine.device_limits(self.device.index or 0)
-            peak = peaks[dtype]
-        else:
-            threads = torch.get_num_threads()
-            copy = machine.bandwidth(row.bytes, threads, cold)
-            peak = machine.flops(dtype, threads)
-        needs = {"copy": row.bytes / copy, "fma": (row.flops or 0) / peak}
-        row.limit = max(needs, key=needs.get)
-        row.limit_seconds = needs[row.limit]
-
-    def _error(self, case, provider, mode, results, inputs, tangents, gy) -> float:
-        dtype = inputs[0].dtype
-        m = mask(case, provider.function, dtype, self.device) if case.random else None
-        wide = [tuple(t.double() for t in ts) for ts in (inputs, tangents)]
-        expected = modes.callable_for(mode, reference(case, m), *wide, gy.double())()
-        worst = 0.0
-        for got, want in zip(modes.flatten(results), modes.flatten(expected), strict=True):
-            scale = want.abs().max().clamp(min=1e-30)
-            worst = max(worst, ((got.double() - want).abs().max() / scale).item())
-        return worst
-
-    def _status(self, name, errors, dtype) -> str:
-        if name not in errors:
-            return "unchecked"
-        floor = FLOAT64_ERROR if dtype is torch.float64 else ERROR_EPS * torch.finfo(dtype).eps
-        allowed = max(ERROR_RATIO * errors.get("eager", 0.0), floor)
-        if not errors[name] <= allowed:
-            return f"wrong: error {errors[name]:.1e}, allowed {allowed:.1e}"
-        return "ok"
-
-    def _saved(self, case, dtype, inputs) -> list[Row]:
-        rows = []
+    def _saved(self, case, dtype) -> list[Row]:
+        inputs, rows = random_tensors(case, dtype, self.device)[0], []
         for provider in self.providers:
             row = Row(
                 *(case.op, case.label, str(dtype).removeprefix("torch."), "saved bytes"),
