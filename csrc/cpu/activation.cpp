@@ -174,7 +174,7 @@ void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op:
   const Kernel<T> kernel = pick<Op, T>(act.code);
   const std::int64_t size = in[0].size;
   bool streams = should_stream(Op::kOut * size * static_cast<std::int64_t>(sizeof(T)));
-  for (int k = 0; k < Op::kOut; ++k) streams = streams && can_stream(out[k].data);
+  for (int k = 0; k < Op::kOut; ++k) streams = streams && can_stream(static_cast<T*>(out[k].data));
 
   parallel((size + kTask - 1) / kTask, useful_threads(size, exec.threads), [&](std::int64_t task) {
     const std::int64_t begin = task * kTask, end = begin + kTask < size ? begin + kTask : size;

@@ -85,9 +85,10 @@ void store_block(Dtype dtype, void* data, std::int64_t first, const A* block, st
 // Outputs of at least this many bytes are written past the caches, which they would sweep for
 // nothing.
 inline bool should_stream(std::int64_t bytes) { return bytes >= stream_threshold(); }
-// Whether whole vectors of an array can be.
-inline bool can_stream(const void* data) {
-  return reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0;
+// Whether whole vectors from here on can be.
+template <class T>
+inline bool can_stream(const T* to) {
+  return reinterpret_cast<std::uintptr_t>(to) % (Vec<Compute<T>>::kLanes * sizeof(T)) == 0;
 }
 
 // Threads. parallel(tasks, threads, body) runs body(task) for 0 <= task < tasks on at most

@@ -11,29 +11,35 @@ namespace jops::JOPS_ISA {
 JOPS_HD std::uint64_t multiply_low32(std::uint64_t a, std::uint32_t b) {
   return (a & 0xffffffffu) * b;
 }
+JOPS_HD std::uint64_t high32(std::uint64_t a) { return a >> 32; }
 
 template <class W>
 struct Philox {
   W w0, w1, w2, w3;
 };
 
-// The counter is (counter, 0) and the key `key`, both of 64 bits, low words first.
-template <class W>
-JOPS_HD Philox<W> philox(W counter, std::uint64_t key) {
-  W c0 = counter, c1 = counter >> 32, c2 = counter ^ counter, c3 = c2;
+// Several counters side by side: a round of one alone is a chain that leaves most of a processor
+// idle. The counter is (counter, 0) and the key `key`, both of 64 bits, low words first.
+template <class W, int kCounters>
+JOPS_HD void philox(const W (&counter)[kCounters], std::uint64_t key, Philox<W> (&r)[kCounters]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kCounters; ++i) {
+    const W c = counter[i];
+    r[i] = {c, high32(c), c ^ c, c ^ c};
+  }
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const W p0 = multiply_low32(c0, 0xD2511F53u);
-    const W p1 = multiply_low32(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ std::uint64_t{k0};
-    c2 = (p0 >> 32) ^ c3 ^ std::uint64_t{k1};
-    c1 = p1;
-    c3 = p0;
+#pragma GCC unroll 4
+    for (int i = 0; i < kCounters; ++i) {
+      const W p0 = multiply_low32(r[i].w0, 0xD2511F53u);
+      const W p1 = multiply_low32(r[i].w2, 0xCD9E8D57u);
+      r[i] = {high32(p1) ^ r[i].w1 ^ std::uint64_t{k0}, p1,
+              high32(p0) ^ r[i].w3 ^ std::uint64_t{k1}, p0};
+    }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return {c0, c1, c2, c3};
 }
 
 }  // namespace jops::JOPS_ISA

@@ -264,6 +264,19 @@ JOPS_HD U64 multiply_low32(U64 a, std::uint32_t b) {
 #endif
 }
 
+// The upper 32 bits, in the low ones; what is above them does not count. A shuffle, as products
+// keep the port of shifts busy.
+JOPS_HD U64 high32(U64 a) {
+#if defined(__AVX512F__)
+  constexpr auto kOdd = static_cast<_MM_PERM_ENUM>(0xf5);
+  return reinterpret_cast<U64>(_mm512_shuffle_epi32(reinterpret_cast<__m512i>(a), kOdd));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U64>(_mm256_shuffle_epi32(reinterpret_cast<__m256i>(a), 0xf5));
+#else
+  return a >> 32;
+#endif
+}
+
 // Of pairs (a_i, b_i): the first half of them, or the second, in order.
 namespace detail {
 template <int... I>
