@@ -41,14 +41,16 @@ build: $(BUILT)  ## make the environment and build the package in place
 demo: $(BUILT)  ## train a small transformer on real digits, native and ours, and compare
 	$(PY) -m examples.digits
 
-# Twice: with every call going to our own kernels, then as users run it, where tiny calls go to
-# the native op.  Both passes run, even when the first fails.
-test: $(BUILT)  ## run the tests, with and without the short cut for tiny calls
+# Twice: with every call going to our own kernels, then as users run it, where tiny calls and some
+# matrix products go to torch.  Both passes run, even when the first fails.
+test: $(BUILT)  ## run the tests, with and without what is left to torch
 	@status=0; \
 	echo "== every call through our own kernels"; \
-	JACOBIAN_OPS_NATIVE_BELOW=0 $(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
-	echo "== default threshold"; \
-	JACOBIAN_OPS_NATIVE_BELOW=32768 $(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
+	JACOBIAN_OPS_NATIVE_BELOW=0 JACOBIAN_OPS_GEMM=own \
+	$(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
+	echo "== as installed"; \
+	JACOBIAN_OPS_NATIVE_BELOW=32768 JACOBIAN_OPS_GEMM=auto \
+	$(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
 	exit $$status
 
 bench: $(BUILT)  ## measure against native autograd (python -m bench has the options)

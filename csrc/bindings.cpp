@@ -148,6 +148,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
 
   m.attr("version") = JOPS_VERSION;
   m.def("isa", jops::isa);
+  m.def("processor", jops::processor);
   m.def("available_isas", jops::available_isas);
   m.def("compiler", jops::compiler);
   m.def("openmp", [] {

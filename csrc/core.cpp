@@ -113,6 +113,15 @@ OpenMp openmp() {
   return {found && info.dli_fname ? info.dli_fname : "", _OPENMP, omp_get_max_threads()};
 }
 
+const char* processor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "other";
+}
+
 std::string compiler() {
 #if defined(__clang__)
   return std::string("Clang ") + __clang_version__;

@@ -20,6 +20,9 @@ const Kernels& kernels();
 const std::string& isa();
 std::vector<std::string> available_isas();
 
+// Who made the processor: "intel", "amd" or "other".
+const char* processor();
+
 struct OpenMp {
   std::string library;  // path of the runtime that is loaded
   int version;          // the _OPENMP date of the compiler

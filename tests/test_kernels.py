@@ -194,7 +194,7 @@ SIZES = [
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m, n, k", SIZES)
-def test_products_of_many_sizes(m, n, k, dtype):
+def test_products_of_many_sizes(ours, m, n, k, dtype):
     """Primal and tangent, whichever operand is transposed, to the rounding of the dtype."""
     eps = torch.finfo(dtype).eps
     sums = 1e-14 if dtype is torch.float64 else 2e-6  # relative to the sum of absolute values

@@ -54,7 +54,7 @@ def everything(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_threads(dtype):
+def test_bits_do_not_depend_on_threads(ours, dtype):
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)

@@ -557,7 +557,7 @@ void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias
 
 // Sums of kSumRows rows first, kSumPairs at a time by halves, then of those: the order is fixed,
 // and rounding does not grow with the number of rows.
-constexpr std::int64_t kSumRows = 128, kSumPairs = 8, kSumCols = 512;
+constexpr std::int64_t kSumRows = 128, kSumPairs = 8, kSumCols = 4096;
 
 // n adjacent elements of a row, as a vector; zeros past them.
 template <class T>
@@ -574,13 +574,17 @@ void column_sum(const Matrix& x, std::int64_t batch, T* y, int threads) {
   using V = Vec<A>;
   const T* from = static_cast<const T*>(x.data) + batch * x.batch_stride;
   const std::int64_t M = x.rows, N = x.cols;
-  const std::int64_t parts = M == 0 ? 1 : up(M, kSumRows), strips = up(N, kSumCols);
+  threads = useful_threads(M * N, threads);
+  const std::int64_t parts = M == 0 ? 1 : up(M, kSumRows);
+  // Long runs of a row, but a strip for every thread.
+  const std::int64_t strips = most<std::int64_t>(up(N, kSumCols), up<std::int64_t>(threads, parts));
+  const std::int64_t width = up<std::int64_t>(up(N, strips), V::kLanes) * V::kLanes;
   const std::int64_t pitch = up<std::int64_t>(N, V::kLanes) * V::kLanes;
   Aligned<A> sums(parts * pitch);
-  parallel(parts * strips, useful_threads(M * N, threads), [&](std::int64_t task) {
-    const std::int64_t part = task / strips, col = task % strips * kSumCols, row = part * kSumRows;
+  parallel(parts * strips, threads, [&](std::int64_t task) {
+    const std::int64_t part = task / strips, col = task % strips * width, row = part * kSumRows;
     const std::int64_t rows = M - row < kSumRows ? M - row : kSumRows;
-    const std::int64_t cols = N - col < kSumCols ? N - col : kSumCols;
+    const std::int64_t cols = most<std::int64_t>(0, least(N - col, width));
     A* to = sums.data + part * pitch + col;
     const T* corner = from + row * x.row_stride + col * x.col_stride;
     for (std::int64_t j = 0; j < cols; j += V::kLanes) store(to + j, V(A(0)));
@@ -589,9 +593,17 @@ void column_sum(const Matrix& x, std::int64_t batch, T* y, int threads) {
         const int n = static_cast<int>(least<std::int64_t>(cols - j, V::kLanes));
         const T* p = corner + i * x.row_stride + j * x.col_stride;
         V part[kSumPairs];
+        if (x.col_stride == 1 && n == V::kLanes && i + kSumPairs <= rows) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kSumPairs; ++r) {
-          part[r] = i + r < rows ? strided(p + r * x.row_stride, x.col_stride, n) : V(A(0));
+          for (int r = 0; r < kSumPairs; ++r) {
+            prefetch(p + (r + kSumPairs) * x.row_stride);
+            part[r] = load(p + r * x.row_stride);
+          }
+        } else {
+#pragma GCC unroll 8
+          for (int r = 0; r < kSumPairs; ++r) {
+            part[r] = i + r < rows ? strided(p + r * x.row_stride, x.col_stride, n) : V(A(0));
+          }
         }
 #pragma GCC unroll 3
         for (int half = kSumPairs / 2; half > 0; half /= 2) {

@@ -60,7 +60,6 @@ class Multipliers {
   U64 lane_;
 };
 
-
 // f(i, m, count) for the elements first..first+n of one sample, a group or less at a time: m holds
 // the multipliers of elements first + i on.
 template <class A, class F>

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
+from . import _gemm
 from ._arguments import (
     arrays_too,
     check_dtype,
@@ -95,7 +96,9 @@ def _overlap(a, b):
 
 def _product(op, x, weight, bias, y):
     """``y = x W^T + b`` on checked arguments; ``y`` is contiguous."""
-    if y.numel():
+    if y.numel() and _gemm.torch_is_faster(x, weight):
+        _gemm.product(x, weight.t(), bias, y)
+    elif y.numel():
         x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
         _backend.of(op, "x", x).linear(
             _backend.matrix(x),
@@ -191,20 +194,27 @@ def linear_vjp(
         gweight = gy.new_empty((*batch, cols, x.shape[-1]))
     if needs[2]:
         gbias = gy.new_empty((*batch, cols))
-    x, weight, gy = (
-        _matrix(x if needs[1] else None),
-        _matrix(weight if needs[0] else None),
-        _matrix(gy),
-    )
-    _backend.of(op, "gy", gy).linear_vjp(
-        _described(x, _backend.matrix),
-        _described(weight, _backend.matrix),
-        _backend.matrix(gy),
-        _described(_matrix(gx), _backend.matrix),
-        _described(_matrix(gweight), _backend.matrix),
-        _described(gbias, _backend.buffer),
-        _backend.threads(),
-    )
+    # What is left to our kernel.
+    own = [gx, gweight, gbias]
+    if needs[0] and _gemm.torch_is_faster_for_gx(gy, weight):
+        _gemm.product(gy, weight, None, gx)
+        own[0] = None
+    if needs[1] and _gemm.torch_is_faster_for_gweight(gy, x):
+        _gemm.product(gy.t(), x, None, gweight)
+        own[1] = None
+    if any(t is not None for t in own):
+        x = None if own[1] is None else _matrix(x)
+        weight = None if own[0] is None else _matrix(weight)
+        gy = _matrix(gy)
+        _backend.of(op, "gy", gy).linear_vjp(
+            _described(x, _backend.matrix),
+            _described(weight, _backend.matrix),
+            _backend.matrix(gy),
+            _described(_matrix(own[0]), _backend.matrix),
+            _described(_matrix(own[1]), _backend.matrix),
+            _described(own[2], _backend.buffer),
+            _backend.threads(),
+        )
     return gx, gweight, gbias
 
 
@@ -221,7 +231,25 @@ def linear_jvp(
 
     An absent tangent is None and costs nothing; tangents have the shapes of their primals.
     """
-    return _dual("linear_jvp", x, weight, bias, tx, tweight, tbias, _IDENTITY, 0.0, None)
+    op = "linear_jvp"
+    _check_dual(op, x, weight, bias, tx, tweight, tbias)
+    # A sum of two products that are rounded to 16 bits is ours: it is rounded once.
+    wide = x.dtype in (torch.float32, torch.float64)
+    if not (wide and _gemm.torch_is_faster(x, weight, tx, tweight)):
+        return _dual(op, x, weight, bias, tx, tweight, tbias, _IDENTITY, 0.0, None)
+    y, ty = linear_result(x, weight), linear_result(x, weight)
+    if not y.numel():
+        return y, ty
+    _gemm.product(x, weight.t(), bias, y)
+    if tx is not None:
+        _gemm.product(tx, weight.t(), tbias, ty)
+    elif tbias is not None:
+        ty.copy_(tbias)
+    else:
+        ty.zero_()
+    if tweight is not None:
+        _gemm.product(x, tweight.t(), ty, ty)
+    return y, ty
 
 
 @arrays_too
@@ -291,10 +319,12 @@ def linear_act_dropout_jvp(
     """
     op = "linear_act_dropout_jvp"
     act = _act(op, name, params)
+    _check_dual(op, x, weight, bias, tx, tweight, tbias)
     return _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed)
 
 
-def _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed):
+def _check_dual(op, x, weight, bias, tx, tweight, tbias):
+    """Raise unless the primals fit together, and each tangent its primal."""
     _check(op, "x weight bias", x, weight, bias)
     for name, primal, t in (("tx", x, tx), ("tweight", weight, tweight), ("tbias", bias, tbias)):
         if t is not None:
@@ -305,6 +335,10 @@ def _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed):
                     f"{op}: {name} has shape {list(t.shape)}; allowed: {list(shape)}, the shape of "
                     "its primal"
                 )
+
+
+def _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed):
+    """Primal and tangent from checked arguments, in one kernel."""
     y, ty = linear_result(x, weight), linear_result(x, weight)
     seed = _mask_seed(op, seed, p, x)
     if y.numel():
