@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import (
@@ -23,9 +24,11 @@ from .autograd import activation as _activation
 from .autograd import dropout as _dropout
 from .autograd import linear as _linear
 from .autograd import softmax as _softmax
-from .autograd.rule import overwritable, plain, reverse_may_follow
+from .autograd.rule import CPU_KEYS, overwritable, reverse_may_follow
 from .kernels import resolve
 from .kernels._arguments import ALLOWED_DTYPES, check_p, check_tensor, name_of, normalize_dim
+
+_C = torch._C
 
 __all__ = [
     "celu",
@@ -60,16 +63,22 @@ NATIVE_BELOW = int(os.environ.get("JACOBIAN_OPS_NATIVE_BELOW", "32768"))
 # Native ops that cannot stand in for ours where a graph is recorded: their backward has no
 # derivative, or none in forward mode.
 _NOT_RECORDED = ("hardsigmoid", "mish", "silu")
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def _tiny(*tensors: Tensor) -> bool:
-    """Whether a call should go to the native op: few elements and no transform in sight."""
-    if NATIVE_BELOW == 0 or torch.compiler.is_compiling():
-        return False
-    for t in tensors:
-        if t.numel() >= NATIVE_BELOW:
-            return False
-    return plain(tensors)
+def _tiny(t: Tensor) -> bool:
+    """Whether the native op should take ``t``: few elements, and no transform around them.
+
+    What the native op refuses is said better by the way of the others, so callers go on then.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) in _PLAIN_TYPES
+        and t.numel() < NATIVE_BELOW
+        and t.dtype in _backend.DTYPES
+        and _C._dispatch_keys(t) == CPU_KEYS
+        and forward_ad._current_level < 0  # a dual number looks like any other
+    )
 
 
 def _ours(op: str, input: Tensor) -> bool:
@@ -99,13 +108,17 @@ def _native(op: str, native, input: Tensor, *args, **kwargs):
 def _pointwise(public, native, input, inplace=False, **params):
     """The common way of all activations; ``params`` are those of torch.nn.functional."""
     op = public.__name__
+    if _tiny(input) and not (
+        op in _NOT_RECORDED and input.requires_grad and torch.is_grad_enabled()
+    ):
+        try:
+            return native(input, inplace=True, **params) if inplace else native(input, **params)
+        except (RuntimeError, TypeError, ValueError):
+            pass
     if has_torch_function_unary(input):
         return handle_torch_function(public, (input,), input, **_given(inplace=inplace), **params)
     if not _ours(op, input):
         return _native(op, native, input, **_given(inplace=inplace), **params)
-    recorded = op in _NOT_RECORDED and input.requires_grad and torch.is_grad_enabled()
-    if not recorded and _tiny(input):
-        return native(input, inplace=True, **params) if inplace else native(input, **params)
     f = resolve(op, op, **params)
     args = (None, f.function, f.params, 0.0)
     if not inplace:
@@ -190,6 +203,11 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     Raises:
         RuntimeError: ``approximate`` is neither "none" nor "tanh".
     """
+    if _tiny(input):
+        try:
+            return F.gelu(input, approximate=approximate)
+        except (RuntimeError, TypeError):
+            pass
     if approximate not in ("none", "tanh"):
         raise RuntimeError(
             f"gelu: approximate argument must be either none or tanh, got {approximate!r}"
@@ -198,8 +216,6 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return handle_torch_function(gelu, (input,), input, approximate=approximate)
     if not _ours("gelu", input):
         return _native("gelu", F.gelu, input, approximate=approximate)
-    if _tiny(input):
-        return F.gelu(input, approximate=approximate)
     f = "gelu" if approximate == "none" else "gelu_tanh"
     return _activation.activation(input, None, f, (), 0.0)
 
@@ -286,6 +302,11 @@ def _as_vector(run, input: Tensor) -> Tensor:
 
 def _along_dim(public, native, input, dim, _stacklevel, dtype):
     op = public.__name__
+    if dim is not None and dtype is None and _tiny(input):
+        try:
+            return native(input, dim)
+        except (RuntimeError, TypeError, IndexError):
+            pass
     if has_torch_function_unary(input):
         return handle_torch_function(
             public, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
@@ -299,8 +320,6 @@ def _along_dim(public, native, input, dim, _stacklevel, dtype):
     if not _ours(op, input):
         return _native(op, native, input, dim)
     dim = normalize_dim(op, dim, input.dim())
-    if _tiny(input):
-        return native(input, dim)
     if input.dim() == 0:
         return _as_vector(lambda x: public(x, dim), input)
     if op == "log_softmax":
@@ -462,6 +481,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: Shapes or dtypes do not fit.
     """
+    if _tiny(input) and _tiny(weight) and (bias is None or _tiny(bias)):
+        try:
+            return F.linear(input, weight, bias)
+        except (RuntimeError, TypeError):
+            pass
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
     _check_linear("linear", weight, bias)
@@ -474,8 +498,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None and bias.dim() > 1:
         return linear(input, weight) + bias
     x, bias = _fit_linear("linear", input, weight, bias)
-    if _tiny(input, weight, *(() if bias is None else (bias,))):
-        return F.linear(input, weight, bias)
     return _unflatten(_linear.linear(x, weight, bias), input)
 
 

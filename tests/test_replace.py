@@ -146,7 +146,7 @@ def test_exact_classes_only():
 
 
 def test_nested():
-    native, ours = twins(Block())
+    native, ours = twins(Block().double())
     assert [type(m).__module__.split(".")[0] for m in ours.modules() if not [*m.children()]] == [
         "torch" if isinstance(m, nn.LayerNorm) else "jacobian_ops"
         for m in native.modules()
@@ -154,7 +154,7 @@ def test_nested():
     ]
     assert type(ours.inner) is nn.Sequential  # nothing in a row to fuse
     assert type(ours.inner[0]) is FusedSequential
-    same(native, ours, x_of())
+    same(native, ours, x_of().double())
 
 
 def test_a_module_in_two_places(fused):
@@ -636,7 +636,7 @@ def saved(model):
     ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_copies(duplicate):
-    model, x = replace(Block()), x_of()
+    model, x = replace(Block().double()), x_of().double()
     other = duplicate(model)
     assert classes(other) == classes(model)
     torch.testing.assert_close(call(other, x), call(model, x), rtol=0, atol=0)

@@ -36,7 +36,7 @@ from torch.nn import Parameter
 
 _C = torch._C
 LIBRARY = torch.library.Library("jacobian_ops", "DEF")
-_CPU_KEYS = _C._dispatch_keys(torch.empty(0))
+CPU_KEYS = _C._dispatch_keys(torch.empty(0))
 _AUTOCAST_KEYS = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU) | _C.DispatchKeySet(
     _C.DispatchKey.AutocastCUDA
 )
@@ -96,7 +96,7 @@ def plain(tensors) -> bool:
             kind = type(t)
             if (kind is not Tensor and kind is not Parameter) or not t.is_cpu:
                 return False
-            if _C._dispatch_keys(t) != _CPU_KEYS:
+            if _C._dispatch_keys(t) != CPU_KEYS:
                 return False
     return True
 

@@ -52,7 +52,9 @@ def torch_is_faster_for_gx(gy: Tensor, weight: Tensor) -> bool:
     if not _torch_serves(gy, weight):
         return False
     (m, n), k = gy.shape, weight.shape[1]
-    return CHOICE == "torch" or gy.dtype in _WIDE or m * n * k > _LARGE[gy.dtype] or min(m, n, k) < 128
+    if CHOICE == "torch" or gy.dtype in _WIDE:
+        return True
+    return m * n * k > _LARGE[gy.dtype] or min(m, n, k) < 128
 
 
 def torch_is_faster_for_gweight(gy: Tensor, x: Tensor) -> bool:
