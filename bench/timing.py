@@ -11,7 +11,7 @@ from torch.utils.benchmark import Measurement, TaskSpec
 
 from . import machine
 
-BLOCK = 2e-3  # seconds of calls between two looks at the clock
+BLOCK = 2e-3  # seconds of calls between two looks at the clock, unless told otherwise
 MAX_ROUNDS = 101
 
 
@@ -58,7 +58,11 @@ class Clock:
 
 
 def interleaved(
-    calls: dict[str, Callable], clock: Clock, seconds: float, rounds: int
+    calls: dict[str, Callable],
+    clock: Clock,
+    seconds: float,
+    rounds: int,
+    block: float = BLOCK,
 ) -> dict[str, Measurement]:
     """Time the calls in turn, round by round, each first in some of the rounds.
 
@@ -67,6 +71,7 @@ def interleaved(
         clock: How.
         seconds: About how long to measure each.
         rounds: Least number of rounds.
+        block: About how many seconds of calls are timed at once.
 
     Returns:
         A measurement for each name, in seconds a call.
@@ -74,7 +79,7 @@ def interleaved(
     numbers = {}
     for name, call in calls.items():
         once = min(clock(call, 1) for _ in range(2))
-        numbers[name] = 1 if clock.cold else max(1, min(10_000, int(BLOCK / max(once, 1e-7))))
+        numbers[name] = 1 if clock.cold else max(1, min(10_000, int(block / max(once, 1e-7))))
     times = {name: [] for name in calls}
     order = list(calls)
     spent = 0.0

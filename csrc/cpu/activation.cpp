@@ -2,7 +2,7 @@
 //
 // The formulas are in math/activations.h; one kernel for each of them, product and storage type.
 #include "../math/activations.h"
-#include "blocks.h"
+#include "multipliers.h"
 
 namespace jops::JOPS_ISA {
 namespace {
@@ -173,8 +173,7 @@ void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op:
   constexpr std::int64_t kTask = 16 * kBlock;
   const Kernel<T> kernel = pick<Op, T>(act.code);
   const std::int64_t size = in[0].size;
-  bool streams = should_stream(Op::kOut * size * static_cast<std::int64_t>(sizeof(T)));
-  for (int k = 0; k < Op::kOut; ++k) streams = streams && can_stream(static_cast<T*>(out[k].data));
+  const bool large = should_stream(Op::kOut * size * static_cast<std::int64_t>(sizeof(T)));
 
   parallel((size + kTask - 1) / kTask, useful_threads(size, exec.threads), [&](std::int64_t task) {
     const std::int64_t begin = task * kTask, end = begin + kTask < size ? begin + kTask : size;
@@ -182,20 +181,26 @@ void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op:
       const T* x[Op::kIn];
       T* y[Op::kOut];
       for (int k = 0; k < Op::kIn; ++k) x[k] = static_cast<const T*>(in[k].data) + first;
-      for (int k = 0; k < Op::kOut; ++k) y[k] = static_cast<T*>(out[k].data) + first;
+      bool streams = large;
+      for (int k = 0; k < Op::kOut; ++k) {
+        y[k] = static_cast<T*>(out[k].data) + first;
+        streams = streams && can_stream(y[k]);
+      }
       kernel(act, x, y, m, n, streams);
     };
-    if (mask.given()) {
-      alignas(64) Compute<T> m[kBlock];
-      for (std::int64_t first = begin; first < end; first += kBlock) {
-        const std::int64_t n = end - first < kBlock ? end - first : kBlock;
-        dropout_range(mask, size, first, m, n);
-        over(first, m, n);
-      }
-    } else {
+    if (!mask.given()) {
       over(begin, nullptr, end - begin);
+    } else {
+      for_samples(mask, size, begin, end - begin,
+                  [&](std::int64_t sample, std::int64_t start, std::int64_t done, std::int64_t n) {
+                    for_multipliers<Compute<T>>(
+                        mask, sample, start, n,
+                        [&](std::int64_t i, const Compute<T>* m, int count) {
+                          over(begin + done + i, m, count);
+                        });
+                  });
     }
-    if (streams) stream_fence();
+    if (large) stream_fence();
   });
 }
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from .. import kernels
 from ..kernels._arguments import result_like
-from .rule import Rule, define, define_inplace
+from .activation import activation_jvp
+from .rule import Rule, define, define_inplace, reverse_may_follow
 
 
 def _fake(x, *_):
@@ -33,7 +34,10 @@ class Dropout(Rule):
         return dropout(tangents[0], *primals[1:])
 
     def dual(primals, tangents):
-        return dropout(*primals), dropout(tangents[0], *primals[1:])
+        (x, seed, p), tx = primals, tangents[0]
+        if reverse_may_follow((x, tx)):  # which then keeps no more than the seed
+            return dropout(*primals), dropout(tx, seed, p)
+        return activation_jvp(x, tx, seed, "identity", (), p)
 
 
 class DropoutAdd(Rule):

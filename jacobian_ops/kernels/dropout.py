@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _backend
 from ._arguments import arrays_too, check_dtype, check_seed, operands, output, seed_tensor
+from .activation import activation_jvp
 
 
 @arrays_too
@@ -42,8 +43,8 @@ def dropout_vjp(gy: Tensor, p: float, seed, *, out=None) -> Tensor:
 
 @arrays_too
 def dropout_jvp(x: Tensor, tx: Tensor, p: float, seed) -> tuple[Tensor, Tensor]:
-    """``y = m * x`` and its tangent ``ty = m * tx``."""
-    return dropout(x, p, seed), dropout(tx, p, seed)
+    """``y = m * x`` and its tangent ``ty = m * tx``: the mask is drawn once."""
+    return activation_jvp(x, tx, "identity", seed=seed, p=p)
 
 
 @arrays_too

@@ -94,22 +94,6 @@ def _overlap(a, b):
     return a.numel() > 0 and b.numel() > 0 and a0 < b1 and b0 < a1
 
 
-def _product(op, x, weight, bias, y):
-    """``y = x W^T + b`` on checked arguments; ``y`` is contiguous."""
-    if y.numel() and _gemm.torch_is_faster(x, weight):
-        _gemm.product(x, weight.t(), bias, y)
-    elif y.numel():
-        x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
-        _backend.of(op, "x", x).linear(
-            _backend.matrix(x),
-            _backend.matrix(weight),
-            _described(bias, _backend.buffer),
-            _backend.matrix(_matrix(y)),
-            _backend.threads(),
-        )
-    return y
-
-
 @arrays_too
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out=None) -> Tensor:
     """``y = x W^T + b``.
@@ -124,6 +108,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out=None) -
         Contiguous (*batch, M, N).
     """
     _check("linear", "x weight bias", x, weight, bias)
+    if out is None and _gemm.torch_is_faster(x, weight):
+        return _gemm.linear(x, weight, bias)
     y = linear_result(x, weight)
     if out is not None:
         y = output("linear", out, y)
@@ -132,7 +118,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out=None) -
                 raise RuntimeError(
                     f"linear: out overlaps {name}, which is read while it is written"
                 )
-    return _product("linear", x, weight, bias, y)
+    if y.numel():
+        x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
+        _backend.of("linear", "x", x).linear(
+            _backend.matrix(x),
+            _backend.matrix(weight),
+            _described(bias, _backend.buffer),
+            _backend.matrix(_matrix(y)),
+            _backend.threads(),
+        )
+    return y
 
 
 @arrays_too
@@ -186,22 +181,21 @@ def linear_vjp(
     # gy has the rows of x and, as columns, the rows of W.
     *batch, rows, cols = gy.shape
     gx = gweight = gbias = None
+    own = [None, None, None]  # what is left to our kernel
     if needs[0]:
         _check_factor(op, gy, "weight", weight, (*batch, cols))
-        gx = gy.new_empty((*batch, rows, weight.shape[-1]))
+        if _gemm.torch_is_faster_for_gx(gy, weight):
+            gx = _gemm.matmul(gy, weight)
+        else:
+            gx = own[0] = gy.new_empty((*batch, rows, weight.shape[-1]))
     if needs[1]:
         _check_factor(op, gy, "x", x, (*batch, rows))
-        gweight = gy.new_empty((*batch, cols, x.shape[-1]))
+        if _gemm.torch_is_faster_for_gweight(gy, x):
+            gweight = _gemm.matmul(gy.t(), x)
+        else:
+            gweight = own[1] = gy.new_empty((*batch, cols, x.shape[-1]))
     if needs[2]:
-        gbias = gy.new_empty((*batch, cols))
-    # What is left to our kernel.
-    own = [gx, gweight, gbias]
-    if needs[0] and _gemm.torch_is_faster_for_gx(gy, weight):
-        _gemm.product(gy, weight, None, gx)
-        own[0] = None
-    if needs[1] and _gemm.torch_is_faster_for_gweight(gy, x):
-        _gemm.product(gy.t(), x, None, gweight)
-        own[1] = None
+        gbias = own[2] = gy.new_empty((*batch, cols))
     if any(t is not None for t in own):
         x = None if own[1] is None else _matrix(x)
         weight = None if own[0] is None else _matrix(weight)
@@ -233,23 +227,9 @@ def linear_jvp(
     """
     op = "linear_jvp"
     _check_dual(op, x, weight, bias, tx, tweight, tbias)
-    # A sum of two products that are rounded to 16 bits is ours: it is rounded once.
-    wide = x.dtype in (torch.float32, torch.float64)
-    if not (wide and _gemm.torch_is_faster(x, weight, tx, tweight)):
-        return _dual(op, x, weight, bias, tx, tweight, tbias, _IDENTITY, 0.0, None)
-    y, ty = linear_result(x, weight), linear_result(x, weight)
-    if not y.numel():
-        return y, ty
-    _gemm.product(x, weight.t(), bias, y)
-    if tx is not None:
-        _gemm.product(tx, weight.t(), tbias, ty)
-    elif tbias is not None:
-        ty.copy_(tbias)
-    else:
-        ty.zero_()
-    if tweight is not None:
-        _gemm.product(x, tweight.t(), ty, ty)
-    return y, ty
+    if _gemm.torch_is_faster(x, weight, tx, tweight):
+        return _gemm.linear(x, weight, bias), _gemm.tangent(x, weight, tx, tweight, tbias)
+    return _dual(op, x, weight, bias, tx, tweight, tbias, _IDENTITY, 0.0, None)
 
 
 @arrays_too
