@@ -17,6 +17,9 @@ from . import _cpu
 BACKENDS = {"cpu": _cpu}
 DTYPES = {getattr(torch, name): code for name, code in _cpu.dtypes().items()}
 ACTIVATION_CODES = _cpu.activations()
+AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 
 def of(op: str, argument: str, t: Tensor):

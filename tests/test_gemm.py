@@ -80,6 +80,15 @@ def test_into_memory_that_is_there(choice):
     torch.testing.assert_close(y, x.detach() @ w.T)
 
 
+def test_autocast_casts_no_product_of_a_kernel(choice):
+    x, w = torch.randn(6, 5), torch.randn(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, ty = kernels.linear_jvp(x, w, None, x, w)
+        products = kernels.linear(x, w), *kernels.linear_vjp(x, w, y), y, ty
+    assert {t.dtype for t in products} == {torch.float32}
+    torch.testing.assert_close(ty, 2 * x @ w.T)
+
+
 def test_what_torch_is_never_given(monkeypatch):
     """Batches, negated views: ours takes them in place."""
     monkeypatch.setattr(_gemm, "CHOICE", "torch")

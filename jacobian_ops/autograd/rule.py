@@ -34,12 +34,11 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 
+from .._backend import AUTOCAST_KEYS
+
 _C = torch._C
 LIBRARY = torch.library.Library("jacobian_ops", "DEF")
 CPU_KEYS = _C._dispatch_keys(torch.empty(0))
-_AUTOCAST_KEYS = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU) | _C.DispatchKeySet(
-    _C.DispatchKey.AutocastCUDA
-)
 
 
 class Rule:
@@ -317,7 +316,7 @@ def _join(y, ty):
 def _autocast_off():
     """The primitives in a rule keep the dtype of the op: a matmul there must not turn bf16."""
     if _C._is_any_autocast_enabled():
-        return _C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
+        return _C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS)
     return contextlib.nullcontext()
 
 

@@ -7,13 +7,14 @@ classes below are measured ones (docs/performance.md).
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _cpu
+from .. import _backend, _cpu
 
 CHOICES = ("auto", "own", "torch")
 # "own" has the same bits for any number of threads; MKL does not promise that.
@@ -26,6 +27,8 @@ _WIDE = (torch.float32, torch.float64)
 # In 16 bits ours is ahead up to this size, oneDNN's kernels beyond it and for a thin matrix.
 _SMALL = {torch.bfloat16: 1024, torch.float16: 256}
 _THIN = 64
+# Rows from which two products of 16 bits are joined into one.
+_JOINED = 1024
 
 
 def _ours_in_16_bits(dtype: torch.dtype, *sizes: int) -> bool:
@@ -76,16 +79,32 @@ def torch_is_faster_for_gweight(gy: Tensor, x: Tensor) -> bool:
     return not _ours_in_16_bits(gy.dtype, m, n, k)
 
 
+@contextlib.contextmanager
+def _as_they_are():
+    """Neither recorded by autograd nor cast by autocast."""
+    C = torch._C
+    with C._AutoDispatchBelowAutograd(), C._ExcludeDispatchKeyGuard(_backend.AUTOCAST_KEYS):
+        yield
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Torch's ``a b``, unseen by autograd."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with _as_they_are():
         return torch.mm(a, b)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Torch's ``x W^T + b``, unseen by autograd: in 16 bits the bias joins before the rounding."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with _as_they_are():
         return F.linear(x, weight, bias)
+
+
+def torch_is_faster_for_tangents(x: Tensor, weight: Tensor, *tangents: Tensor | None) -> bool:
+    """For the two or three products of a JVP, as :func:`tangent` takes them."""
+    joined = x.dtype not in _WIDE and all(t is not None for t in tangents)
+    if joined and CHOICE == "auto" and x.shape[0] < _JOINED:
+        return False  # joining the weights costs more than it saves
+    return torch_is_faster(x, weight, *tangents)
 
 
 def tangent(
@@ -95,12 +114,16 @@ def tangent(
     tweight: Tensor | None,
     tbias: Tensor | None,
 ) -> Tensor:
-    """Torch's ``tx W^T + x tW^T + tb`` as one product, so that it is rounded once."""
-    if tx is not None and tweight is not None:
-        return linear(torch.cat((tx, x), 1), torch.cat((weight, tweight), 1), tbias)
-    if tx is not None:
+    """Torch's ``tx W^T + x tW^T + tb``; in 16 bits as one product, so that it is rounded once."""
+    if tx is None and tweight is None:
+        zero = x.new_zeros(x.shape[0], weight.shape[0])
+        return zero if tbias is None else zero.add_(tbias)
+    if tweight is None:
         return linear(tx, weight, tbias)
-    if tweight is not None:
+    if tx is None:
         return linear(x, tweight, tbias)
-    zero = x.new_zeros(x.shape[0], weight.shape[0])
-    return zero if tbias is None else zero.add_(tbias)
+    if x.dtype not in _WIDE:
+        return linear(torch.cat((tx, x), 1), torch.cat((weight, tweight), 1), tbias)
+    ty = linear(tx, weight, tbias)
+    with _as_they_are():
+        return ty.addmm_(x, tweight.t())

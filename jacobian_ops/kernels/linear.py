@@ -227,7 +227,7 @@ def linear_jvp(
     """
     op = "linear_jvp"
     _check_dual(op, x, weight, bias, tx, tweight, tbias)
-    if _gemm.torch_is_faster(x, weight, tx, tweight):
+    if _gemm.torch_is_faster_for_tangents(x, weight, tx, tweight):
         return _gemm.linear(x, weight, bias), _gemm.tangent(x, weight, tx, tweight, tbias)
     return _dual(op, x, weight, bias, tx, tweight, tbias, _IDENTITY, 0.0, None)
 
