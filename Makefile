@@ -8,8 +8,10 @@ TORCH ?=
 # Worker processes of pytest, and options for it (-k softmax, -x).
 WORKERS ?= 2
 PYTEST_FLAGS ?=
-# Options of the bench.
+# Options of the bench, and of its limits.
 BENCH_FLAGS ?= --json results/bench.json --csv results/bench.csv --plot results/bench.png
+
+LIMITS_FLAGS ?= --sweep --json results/limits.json --markdown results/limits.md --plots results
 
 PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.environment
@@ -18,7 +20,7 @@ NATIVE := CMakeLists.txt setup.py $(shell find csrc cmake -type f 2>/dev/null)
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'examples/*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format wheel check-wheel cpp check-aarch64 clean FORCE
+.PHONY: help build demo test bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.14.1] [VENV=.venv]"
@@ -55,6 +57,9 @@ test: $(BUILT)  ## run the tests, with and without what is left to torch
 
 bench: $(BUILT)  ## measure against native autograd (python -m bench has the options)
 	$(PY) -m bench $(BENCH_FLAGS)
+
+limits: $(BUILT)  ## measure every op against its target and the machine's limit
+	$(PY) -m bench limits $(LIMITS_FLAGS)
 
 lint: $(ENVIRONMENT)  ## check the style of Python and C++
 	$(VENV)/bin/ruff check .

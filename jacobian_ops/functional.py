@@ -78,6 +78,10 @@ def _tiny(t: Tensor) -> bool:
         and t.dtype in _backend.DTYPES
         and _C._dispatch_keys(t) == CPU_KEYS
         and forward_ad._current_level < 0  # a dual number looks like any other
+        # Modes and traces see the same op whatever the size.
+        and not _C._len_torch_function_stack()
+        and not _C._len_torch_dispatch_stack()
+        and _C._get_tracing_state() is None
     )
 
 
@@ -111,8 +115,10 @@ def _pointwise(public, native, input, inplace=False, **params):
     if _tiny(input) and not (
         op in _NOT_RECORDED and input.requires_grad and torch.is_grad_enabled()
     ):
+        if inplace:  # never tried twice: an error may come after the write
+            return native(input, inplace=True, **params)
         try:
-            return native(input, inplace=True, **params) if inplace else native(input, **params)
+            return native(input, **params)
         except (RuntimeError, TypeError, ValueError):
             pass
     if has_torch_function_unary(input):

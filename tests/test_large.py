@@ -42,6 +42,16 @@ def test_rows(dtype, by):
     equal([r[cut] for r in large], small)
 
 
+def test_rows_between_elements():
+    """An array may start at any byte."""
+    n = 1024
+    rows = 40 * MIB // (4 * n)
+    x = np.random.default_rng(0).standard_normal((rows, n), dtype=np.float32)
+    out = np.empty(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)
+    kernels.softmax(x, 1, out=out)
+    np.testing.assert_array_equal(out[-3:], kernels.softmax(x[-3:], 1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_columns(dtype):
     n, inner = 517, 1001

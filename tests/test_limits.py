@@ -96,8 +96,12 @@ def test_what_is_short(monkeypatch):
     assert behind.short == ["eager 2x", "compile 1.2x"] and behind.reason == "yes"
     monkeypatch.setattr(limits_report, "REASONS", ())
     assert behind.reason == ""
-    least = dataclasses.replace(behind, eager=0.9)
-    assert least.most == 1.8 and "column 'most'" in least.reason
+    near = dataclasses.replace(RESULT, ours=0.55, eager=1.01, compile=None, target=2.0)
+    assert near.short and near.reason == limits_report.AT_LIMIT
+    least = dataclasses.replace(behind, eager=0.9, compile=None)
+    assert least.most == 1.8 and least.reason == limits_report.NOTHING_LEFT
+    # torch.compile is behind the limit by more than what is wanted of it.
+    assert dataclasses.replace(least, compile=1.1).reason == ""
     # Of a target below 1.2x no more is asked against torch.compile.
     assert dataclasses.replace(RESULT, target=1.0, compile=1.05).short == []
 

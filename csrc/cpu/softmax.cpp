@@ -281,6 +281,7 @@ void run(const Call<T>& call, int threads) {
       for (std::int64_t row = first; row < last && row < rows; ++row) {
         contiguous_row<Op, T, kMasked>(call, row);
       }
+      if (call.streams) stream_fence();
     });
   } else {
     // Narrower strips only where the whole ones would leave a thread without work.
@@ -291,9 +292,9 @@ void run(const Call<T>& call, int threads) {
       const std::int64_t column = task % strips * width;
       strip<Op, T, kMasked>(call, task / strips, column,
                             columns - column < width ? columns - column : width);
+      if (call.streams) stream_fence();
     });
   }
-  if (call.streams) stream_fence();
 }
 
 template <class Op, bool kMasked = false>
@@ -308,6 +309,8 @@ void launch(const Rows& rows, const Buffer (&in)[Op::kIn], const Buffer (&out)[O
     call.mask = mask;
     call.size = in[0].size;
     call.streams = should_stream(Op::kOut * call.size * static_cast<std::int64_t>(sizeof(T)));
+    // Some way into a vector, but not into an element.
+    call.streams = call.streams && reinterpret_cast<std::uintptr_t>(call.out[0]) % sizeof(T) == 0;
     for (int k = 1; k < Op::kOut; ++k) {
       const auto apart = reinterpret_cast<std::uintptr_t>(call.out[k]) -
                          reinterpret_cast<std::uintptr_t>(call.out[0]);

@@ -1,8 +1,8 @@
 """Whose matrix product a plain linear map runs: ours, or the one of the library in torch.
 
-On Intel processors torch's MKL and oneDNN reach most of the peak in many shapes; elsewhere, and
-where activation, dropout or both tangents are fused into the product, ours is the faster one.  The
-classes below are measured ones (docs/performance.md).
+With AMX, on Intel processors, MKL and oneDNN reach most of the peak in many shapes.  Elsewhere,
+and where activation and dropout are fused into the product, ours runs.  The classes below are
+measured ones (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ CHOICE = os.environ.get("JACOBIAN_OPS_GEMM", "auto")
 if CHOICE not in CHOICES:
     raise ImportError(f"JACOBIAN_OPS_GEMM: allowed {', '.join(CHOICES)}, got {CHOICE!r}")
 
-_MEASURED = _cpu.processor() == "intel" and torch.backends.mkl.is_available()
+_MEASURED = (
+    _cpu.processor() == "intel"
+    and "amx" in _cpu.available_isas()
+    and torch.backends.mkl.is_available()
+    and torch.backends.mkldnn.is_available()
+)
 _WIDE = (torch.float32, torch.float64)
 # In 16 bits ours is ahead up to this size, oneDNN's kernels beyond it and for a thin matrix.
 _SMALL = {torch.bfloat16: 1024, torch.float16: 256}

@@ -44,6 +44,7 @@ def dropout_vjp(gy: Tensor, p: float, seed, *, out=None) -> Tensor:
 @arrays_too
 def dropout_jvp(x: Tensor, tx: Tensor, p: float, seed) -> tuple[Tensor, Tensor]:
     """``y = m * x`` and its tangent ``ty = m * tx``: the mask is drawn once."""
+    x, tx = operands("dropout_jvp", ("x", "tx"), (x, tx), row_major=True)
     return activation_jvp(x, tx, "identity", seed=seed, p=p)
 
 
