@@ -1,10 +1,9 @@
 // The Python module of a backend: one line a kernel. Arguments are plain tuples, described at the
-// casters.
+// casters. Built once for each backend, with its name in JOPS_MODULE.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include "core.h"
-#include "memory.h"
+#include "backend.h"
+#include "names.h"
 
 namespace py = pybind11;
 
@@ -93,19 +92,25 @@ struct type_caster<jops::Rows> {
   }
 };
 
-// threads
+// the number of threads, or (stream, address of the workspace, its bytes)
 template <>
 struct type_caster<jops::Exec> {
-  PYBIND11_TYPE_CASTER(jops::Exec, const_name("int"));
+  PYBIND11_TYPE_CASTER(jops::Exec, const_name("Exec"));
   bool load(handle source, bool) {
-    value.threads = source.cast<int>();
+    if (!isinstance<tuple>(source)) {
+      value.threads = source.cast<int>();
+      return true;
+    }
+    std::uintptr_t workspace = 0;
+    if (!jops::read(source, value.stream, workspace, value.workspace_bytes)) return false;
+    value.workspace = reinterpret_cast<void*>(workspace);
     return true;
   }
 };
 
 }  // namespace pybind11::detail
 
-PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(JOPS_MODULE, m, py::mod_gil_not_used()) {
   const jops::Kernels& k = jops::kernels();
   const auto def = [&m](const char* name, auto kernel) {
     m.def(name, kernel, py::call_guard<py::gil_scoped_release>());
@@ -115,6 +120,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   def("activation_jvp", k.activation_jvp);
   def("activation_vjp_vjp", k.activation_vjp_vjp);
   def("activation_vjp_jvp", k.activation_vjp_jvp);
+  def("activation_vjp_sum", k.activation_vjp_sum);
   def("dropout", k.dropout);
   def("dropout_add", k.dropout_add);
   def("softmax", k.softmax);
@@ -137,28 +143,10 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   def("linear_vjp", k.linear_vjp);
   def("column_sum", k.column_sum);
 
-  m.def("fma_peak", [&k](int dtype, const jops::Exec& exec) {
-    const py::gil_scoped_release release;
-    return k.fma_peak(static_cast<jops::Dtype>(dtype), exec);
-  });
-  def("copy_bandwidth", k.copy_bandwidth);
-
-  m.def("retain_host_memory", jops::retain_host_memory);
-  m.def("release_host_memory", jops::release_host_memory);
+  m.def("sum_workspace", k.sum_workspace);
 
   m.attr("version") = JOPS_VERSION;
-  m.def("isa", jops::isa);
-  m.def("processor", jops::processor);
-  m.def("available_isas", jops::available_isas);
-  m.def("compiler", jops::compiler);
-  m.def("openmp", [] {
-    const jops::OpenMp facts = jops::openmp();
-    py::dict d;
-    d["library"] = facts.library;
-    d["version"] = facts.version;
-    d["max_threads"] = facts.max_threads;
-    return d;
-  });
+  jops::add_facts(m);
   m.def("dtypes", [] {
     py::dict d;
     for (int code = 0; code < 4; ++code) d[jops::dtype_name(static_cast<jops::Dtype>(code))] = code;

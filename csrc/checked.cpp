@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core.h"
+#include "names.h"
 
 namespace jops {
 namespace {
@@ -15,7 +15,7 @@ Kernels run;  // the unchecked kernels
 // One call's checks: remembers the op's name and the tensor that the others are compared with.
 class Check {
  public:
-  Check(const char* op, const Exec& exec) : op_(op) {
+  Check(const char* op, const Exec& exec) : op_(op), exec_(exec) {
     if (exec.threads < 1) fail("threads", "at least 1", std::to_string(exec.threads));
   }
 
@@ -147,6 +147,18 @@ class Check {
     }
   }
 
+  // Sums over n of (outer, n, inner) elements, and the memory that they take on the way.
+  void sums(const char* name, const Buffer& b, const Rows& r) const {
+    buffer(name, b);
+    same_dtype(name, b.dtype);
+    extent(name, "elements", b.size, r.outer * r.inner);
+    const std::int64_t bytes = run.sum_workspace(r);
+    if (b.size > 0 && exec_.workspace_bytes < bytes) {
+      fail("workspace", "at least " + std::to_string(bytes) + " bytes",
+           std::to_string(exec_.workspace_bytes));
+    }
+  }
+
   static bool empty(const Matrix& m) { return m.batch == 0 || m.rows == 0 || m.cols == 0; }
 
  private:
@@ -156,6 +168,7 @@ class Check {
   }
 
   const char* op_;
+  const Exec& exec_;
   const char* name_ = "";
   Buffer first_;
 };
@@ -229,6 +242,17 @@ void activation_vjp_jvp(const Act& act, int order, const Buffer& x, const Buffer
   check.optional("tgy", tgy);
   if (empty) return;
   run.activation_vjp_jvp(act, order, x, gy, tx, tgy, gx, tgx, mask, exec);
+}
+
+void activation_vjp_sum(const Act& act, const Rows& rows, const Buffer& x, const Buffer& gy,
+                        const Buffer& gx, const Buffer& sum, const Mask& mask, const Exec& exec) {
+  Check check("activation_vjp_sum", exec);
+  check.act(act);
+  elementwise(check, {{"x", x}, {"gy", gy}, {"gx", gx}}, mask);
+  check.rows(rows);
+  check.sums("sum", sum, rows);
+  if (sum.size == 0) return;
+  run.activation_vjp_sum(act, rows, x, gy, gx, sum, mask, exec);
 }
 
 void dropout(const Buffer& x, const Buffer& y, const Mask& mask, const Exec& exec) {
@@ -437,11 +461,7 @@ void linear_vjp(const Matrix& x, const Matrix& w, const Matrix& gy, const Matrix
       gx.given() && (products(check, gy, w.transposed(), {}, gx), Check::empty(gx));
   const bool empty_gw =
       gw.given() && (products(check, gy.transposed(), x.transposed(), {}, gw), Check::empty(gw));
-  if (gbias.given()) {
-    check.buffer("gbias", gbias);
-    check.same_dtype("gbias", gbias.dtype);
-    check.extent("gbias", "elements", gbias.size, gy.batch * gy.cols);
-  }
+  if (gbias.given()) check.sums("gbias", gbias, {gy.batch, gy.rows, gy.cols});
   run.linear_vjp(x, w, gy, empty_gx ? Matrix{} : gx, empty_gw ? Matrix{} : gw,
                  gbias.size == 0 ? Buffer{} : gbias, exec);
 }
@@ -449,9 +469,7 @@ void linear_vjp(const Matrix& x, const Matrix& w, const Matrix& gy, const Matrix
 void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
   Check check("column_sum", exec);
   check.first("x", x);
-  check.buffer("y", y);
-  check.same_dtype("y", y.dtype);
-  check.extent("y", "elements", y.size, x.batch * x.cols);
+  check.sums("y", y, {x.batch, x.rows, x.cols});
   if (y.size == 0) return;
   run.column_sum(x, y, exec);
 }
@@ -476,6 +494,7 @@ Kernels checked(const Kernels& unchecked) {
           activation_jvp,
           activation_vjp_vjp,
           activation_vjp_jvp,
+          activation_vjp_sum,
           dropout,
           dropout_add,
           softmax,
@@ -497,6 +516,7 @@ Kernels checked(const Kernels& unchecked) {
           linear_act_dropout_jvp,
           linear_vjp,
           column_sum,
+          unchecked.sum_workspace,
           fma_peak,
           copy_bandwidth};
 }

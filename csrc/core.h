@@ -31,9 +31,6 @@ struct OpenMp {
 OpenMp openmp();
 std::string compiler();
 
-const char* activation_name(Activation code);
-const char* dtype_name(Dtype dtype);
-
 // Half of the last-level cache, at most 32 MiB: an output of this many bytes or more does not stay
 // in it.
 std::int64_t stream_threshold();

@@ -76,12 +76,16 @@ struct Rows {
   double scale = 1;
 };
 
-// How to run: the number of threads here (a stream, on a device).
+// How to run: the number of threads of the CPU; on a device its stream and, for sums over rows,
+// memory of at least sum_workspace() bytes to put partial sums into.
 struct Exec {
   int threads = 1;
+  std::intptr_t stream = 0;
+  void* workspace = nullptr;
+  std::int64_t workspace_bytes = 0;
 };
 
-// One instruction set's kernels. The formulas stand beside the implementations in cpu/.
+// The kernels of a device or of an instruction set. The formulas are in math/.
 struct Kernels {
   void (*activation)(const Act&, const Buffer& x, const Buffer& y, const Mask&, const Exec&);
   void (*activation_vjp)(const Act&, int order, const Buffer& x, const Buffer& gy, const Buffer& gx,
@@ -94,6 +98,11 @@ struct Kernels {
   void (*activation_vjp_jvp)(const Act&, int order, const Buffer& x, const Buffer& gy,
                              const Buffer& tx, const Buffer& tgy, const Buffer& gx,
                              const Buffer& tgx, const Mask&, const Exec&);
+
+  // activation_vjp of a contiguous (outer, n, inner) buffer, and the sums of gx over n: the bias
+  // gradient of a linear layer beneath it.
+  void (*activation_vjp_sum)(const Act&, const Rows&, const Buffer& x, const Buffer& gy,
+                             const Buffer& gx, const Buffer& sum, const Mask&, const Exec&);
 
   void (*dropout)(const Buffer& x, const Buffer& y, const Mask&, const Exec&);
   void (*dropout_add)(const Buffer& x, const Buffer& residual, const Buffer& y, const Mask&,
@@ -138,8 +147,11 @@ struct Kernels {
   void (*linear_vjp)(const Matrix& x, const Matrix& w, const Matrix& gy, const Matrix& gx,
                      const Matrix& gw, const Buffer& gbias, const Exec&);
   void (*column_sum)(const Matrix& x, const Buffer& y, const Exec&);
+  // Bytes of workspace that activation_vjp_sum, column_sum, and linear_vjp with a gbias need for
+  // sums over n of (outer, n, inner) elements.
+  std::int64_t (*sum_workspace)(const Rows&);
 
-  // The machine's limits, that a bench compares with: flop/s of multiply-adds in registers, and
+  // The processor's limits, that a bench compares with: flop/s of multiply-adds in registers, and
   // bytes/s, read and written, of a copy of `bytes` bytes with plain or with non-temporal stores.
   double (*fma_peak)(Dtype, const Exec&);
   double (*copy_bandwidth)(std::int64_t bytes, bool non_temporal, const Exec&);

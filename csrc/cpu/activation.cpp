@@ -2,6 +2,7 @@
 //
 // The formulas are in math/activations.h; one kernel for each of them, product and storage type.
 #include "../math/activations.h"
+#include "columns.h"
 #include "multipliers.h"
 
 namespace jops::JOPS_ISA {
@@ -166,40 +167,52 @@ Kernel<T> pick(Activation code) {
                                     [](auto f) -> Kernel<T> { return run<decltype(f), Op, T>; });
 }
 
-// Runs the kernel over whole buffers in tasks of fixed size.
+// A product of whole buffers, to be run a range of elements at a time.
+template <class Op, class T>
+struct Ranges {
+  const Act& act;
+  const Buffer (&in)[Op::kIn];
+  const Buffer (&out)[Op::kOut];
+  const Mask& mask;
+  bool large;  // the outputs are to be written past the caches
+  Kernel<T> kernel = pick<Op, T>(act.code);
+
+  void run(std::int64_t first, std::int64_t n) const {
+    if (!mask.given()) return run(first, nullptr, n);
+    for_samples(mask, in[0].size, first, n,
+                [&](std::int64_t sample, std::int64_t start, std::int64_t done, std::int64_t part) {
+                  for_multipliers<Compute<T>>(mask, sample, start, part,
+                                              [&](std::int64_t i, const Compute<T>* m, int count) {
+                                                run(first + done + i, m, count);
+                                              });
+                });
+  }
+
+ private:
+  void run(std::int64_t first, const Compute<T>* m, std::int64_t n) const {
+    const T* x[Op::kIn];
+    T* y[Op::kOut];
+    for (int k = 0; k < Op::kIn; ++k) x[k] = static_cast<const T*>(in[k].data) + first;
+    bool streams = large;
+    for (int k = 0; k < Op::kOut; ++k) {
+      y[k] = static_cast<T*>(out[k].data) + first;
+      streams = streams && can_stream(y[k]);
+    }
+    kernel(act, x, y, m, n, streams);
+  }
+};
+
+// Runs the product over whole buffers in tasks of fixed size.
 template <class Op, class T>
 void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
             const Mask& mask, const Exec& exec) {
   constexpr std::int64_t kTask = 16 * kBlock;
-  const Kernel<T> kernel = pick<Op, T>(act.code);
   const std::int64_t size = in[0].size;
   const bool large = should_stream(Op::kOut * size * static_cast<std::int64_t>(sizeof(T)));
-
+  const Ranges<Op, T> ranges{act, in, out, mask, large};
   parallel((size + kTask - 1) / kTask, useful_threads(size, exec.threads), [&](std::int64_t task) {
-    const std::int64_t begin = task * kTask, end = begin + kTask < size ? begin + kTask : size;
-    const auto over = [&](std::int64_t first, const Compute<T>* m, std::int64_t n) {
-      const T* x[Op::kIn];
-      T* y[Op::kOut];
-      for (int k = 0; k < Op::kIn; ++k) x[k] = static_cast<const T*>(in[k].data) + first;
-      bool streams = large;
-      for (int k = 0; k < Op::kOut; ++k) {
-        y[k] = static_cast<T*>(out[k].data) + first;
-        streams = streams && can_stream(y[k]);
-      }
-      kernel(act, x, y, m, n, streams);
-    };
-    if (!mask.given()) {
-      over(begin, nullptr, end - begin);
-    } else {
-      for_samples(mask, size, begin, end - begin,
-                  [&](std::int64_t sample, std::int64_t start, std::int64_t done, std::int64_t n) {
-                    for_multipliers<Compute<T>>(
-                        mask, sample, start, n,
-                        [&](std::int64_t i, const Compute<T>* m, int count) {
-                          over(begin + done + i, m, count);
-                        });
-                  });
-    }
+    const std::int64_t begin = task * kTask;
+    ranges.run(begin, least(kTask, size - begin));
     if (large) stream_fence();
   });
 }
@@ -259,6 +272,25 @@ void activation_vjp_jvp(const Act& act, int order, const Buffer& x, const Buffer
     vjp_jvp<2>(act, x, gy, tx, tgy, gx, tgx, mask, exec);
 }
 
+void activation_vjp_sum(const Act& given, const Rows& rows, const Buffer& x, const Buffer& gy,
+                        const Buffer& gx, const Buffer& sum, const Mask& mask, const Exec& exec) {
+  const Act act = stored(given, x.dtype);
+  const std::int64_t cols = rows.inner, plane = rows.n * cols;
+  with_storage(x.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    const Buffer in[] = {x, gy}, out[] = {gx};
+    const Ranges<Vjp<1>, T> ranges{act, in, out, mask, false};
+    for (std::int64_t b = 0; b < rows.outer; ++b) {
+      const Matrix made{
+          static_cast<T*>(gx.data) + b * plane, plane, x.dtype, 1, rows.n, cols, plane, cols, 1};
+      sum_columns<true>(made, 0, static_cast<T*>(sum.data) + b * cols, exec.threads,
+                        [&](std::int64_t row, std::int64_t count) {
+                          ranges.run(b * plane + row * cols, count * cols);
+                        });
+    }
+  });
+}
+
 template <class F, class A>
 void value(const Act& act, const A* x, A* y, std::int64_t n) {
   run<F, Value, A>(act, &x, &y, nullptr, n, false);
@@ -295,6 +327,7 @@ void register_activation(Kernels& table) {
   table.activation_jvp = activation_jvp;
   table.activation_vjp_vjp = activation_vjp_vjp;
   table.activation_vjp_jvp = activation_vjp_jvp;
+  table.activation_vjp_sum = activation_vjp_sum;
 }
 
 }  // namespace jops::JOPS_ISA

@@ -9,7 +9,7 @@
 #include <limits>
 #include <type_traits>
 
-#ifndef JOPS_ISA  // set by the build: baseline, avx2, avx512, avx512bf16, amx, neon
+#ifndef JOPS_ISA  // set by the build: baseline, avx2, avx512, avx512bf16, amx, neon, cuda
 #define JOPS_ISA baseline
 #endif
 
@@ -23,6 +23,18 @@ namespace jops::JOPS_ISA {
 
 template <class T>
 using IntOf = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+
+// 16-bit storage types.
+struct Bf16 {
+  std::uint16_t bits;
+};
+struct F16 {
+  std::uint16_t bits;
+};
+
+// The type in which a storage type is computed.
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // The scalar type of a scalar or of a vector (specialised in simd.h).
 template <class A>

@@ -26,17 +26,6 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-struct Bf16 {
-  std::uint16_t bits;
-};
-struct F16 {
-  std::uint16_t bits;
-};
-
-// The type in which a storage type is computed.
-template <class T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // The compilers' own vector types (GCC drops the attribute when it overloads on a dependent one).
 template <class T>
 struct Lanes;

@@ -1,0 +1,40 @@
+# The module _cuda: kernels by nvcc, bindings by the host compiler, linked statically to the CUDA runtime, so that it
+# is imported where there is no driver and no GPU.
+include(CheckLanguage)
+if(JACOBIAN_OPS_CUDA STREQUAL "AUTO")
+  check_language(CUDA)
+  set(build_cuda ${CMAKE_CUDA_COMPILER})
+else()
+  set(build_cuda ${JACOBIAN_OPS_CUDA})
+endif()
+if(NOT build_cuda)
+  return()
+endif()
+
+set(JACOBIAN_OPS_CUDA_ARCHS "75;80;86;89;90;100;120" CACHE STRING
+  "Compute capabilities to compile for, without the dot; the last one also as PTX")
+set(archs "")
+foreach(arch IN LISTS JACOBIAN_OPS_CUDA_ARCHS)
+  list(APPEND archs ${arch}-real)
+endforeach()
+list(GET JACOBIAN_OPS_CUDA_ARCHS -1 newest)
+list(APPEND archs ${newest}-virtual)
+set(CMAKE_CUDA_ARCHITECTURES ${archs})
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+enable_language(CUDA)
+
+file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+add_library(jops_cuda OBJECT ${cuda_sources})
+target_include_directories(jops_cuda PRIVATE csrc)
+target_compile_definitions(jops_cuda PRIVATE JOPS_ISA=cuda)
+target_compile_options(jops_cuda PRIVATE -O3 --expt-relaxed-constexpr --extended-lambda
+  -Xptxas --warn-on-spills,--warn-on-local-memory-usage)
+
+pybind11_add_module(_cuda NO_EXTRAS csrc/bindings.cpp csrc/checked.cpp csrc/names.cpp
+  $<TARGET_OBJECTS:jops_cuda>)
+target_include_directories(_cuda PRIVATE csrc)
+target_compile_definitions(_cuda PRIVATE JOPS_MODULE=_cuda JOPS_VERSION="${PROJECT_VERSION}")
+target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)

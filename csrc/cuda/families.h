@@ -1,0 +1,14 @@
+// The kernel families of the CUDA backend: each puts its launches into the table.
+#pragma once
+
+#include "../kernels.h"
+
+namespace jops::JOPS_ISA {
+
+void register_activation(Kernels& table);
+void register_dropout(Kernels& table);
+void register_softmax(Kernels& table);
+void register_linear(Kernels& table);
+void register_columns(Kernels& table);
+
+}  // namespace jops::JOPS_ISA
