@@ -11,9 +11,11 @@ from . import functional, kernels, nn
 from .info import __version__, build_info
 from .memory import release_host_memory, retain_host_memory
 from .replace import replace, restore
+from .tuning import autotune
 
 __all__ = [
     "__version__",
+    "autotune",
     "build_info",
     "functional",
     "kernels",

@@ -2,19 +2,29 @@
 
 A backend is a module with the interface of ``csrc/bindings.cpp``.  It takes addresses, sizes and
 strides; every description carries the extent of its memory, so that native code can check again.
-Callers keep the tensors alive until the kernel has returned.
+Callers keep the tensors alive until the kernel has returned: on a device it may run later, in the
+order of the current stream, as torch's allocator expects.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
+import warnings
 
 import torch  # before _cpu: both then share the one OpenMP runtime that torch loads
 from torch import Tensor
 
 from . import _cpu
 
+# By device type.
 BACKENDS = {"cpu": _cpu}
+if importlib.util.find_spec("jacobian_ops._cuda"):
+    from . import _cuda
+
+    BACKENDS["cuda"] = _cuda
+
 DTYPES = {getattr(torch, name): code for name, code in _cpu.dtypes().items()}
 ACTIVATION_CODES = _cpu.activations()
 AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -24,15 +34,64 @@ AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torc
 
 def of(op: str, argument: str, t: Tensor):
     """The backend of the device of ``t``; a device that nothing was built for raises."""
-    if t.is_cpu:
-        return _cpu
-    backend = BACKENDS.get(t.device.type)
+    backend = BACKENDS.get("cpu" if t.is_cpu else t.device.type)
     if backend is None:
         raise NotImplementedError(
             f"{op}: {argument} is on device {t.device}; this build of jacobian_ops has kernels for "
             f"{', '.join(BACKENDS)}"
         )
     return backend
+
+
+def usable(op: str, argument: str, t: Tensor) -> bool:
+    """Whether kernels run on the device of ``t``; warns once where they were built but cannot."""
+    backend = of(op, argument, t)
+    if backend not in _usable:
+        reason = backend.unusable() if backend.kind == "cuda" and not t.is_cpu else None
+        _usable[backend] = reason is None
+        if reason is not None:
+            warnings.warn(f"jacobian_ops: native ops run on {t.device}: {reason}", stacklevel=4)
+    return _usable[backend]
+
+
+_usable: dict = {}
+
+
+def run(op: str, argument: str, t: Tensor, kernel: str, *args, sums=None) -> None:
+    """Run ``kernel`` where ``t``, the op's ``argument``, is.
+
+    Args:
+        op: For the message, where there is no backend.
+        argument: For the message.
+        t: A tensor on the device that is to run.
+        kernel: A name of ``csrc/bindings.cpp``.
+        args: Its arguments but the last one, which says how to run.
+        sums: (outer, n, inner, scale) of a sum over n, for which a device needs memory.
+    """
+    backend = of(op, argument, t)
+    if backend.kind == "cpu":
+        getattr(backend, kernel)(*args, threads())
+        return
+    workspace = None
+    if sums is not None:
+        workspace = t.new_empty(backend.sum_workspace(sums), dtype=torch.uint8)
+    where = (workspace.data_ptr(), workspace.numel()) if workspace is not None else (0, 0)
+    with _current(t):
+        stream = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+        getattr(backend, kernel)(*args, (stream, *where))
+
+
+def _current(t: Tensor):
+    """Make the device of ``t`` the current one, which kernels are launched on."""
+    if t.is_cuda and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()
+
+
+def on_device(t: Tensor) -> bool:
+    """Whether the kernels for ``t`` are those of a GPU."""
+    backend = BACKENDS.get("cpu" if t.is_cpu else t.device.type)
+    return backend is not None and backend.kind == "cuda"
 
 
 def buffer(t: Tensor):

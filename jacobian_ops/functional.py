@@ -93,9 +93,7 @@ def _ours(op: str, input: Tensor) -> bool:
         )
     if input.dtype not in _backend.DTYPES or input.layout is not torch.strided or input.is_nested:
         return False
-    if not (input.is_cpu or input.is_meta):
-        _backend.of(op, "input", input)
-    return True
+    return input.is_cpu or input.is_meta or _backend.usable(op, "input", input)
 
 
 def _native(op: str, native, input: Tensor, *args, **kwargs):
@@ -125,6 +123,8 @@ def _pointwise(public, native, input, inplace=False, **params):
         return handle_torch_function(public, (input,), input, **_given(inplace=inplace), **params)
     if not _ours(op, input):
         return _native(op, native, input, **_given(inplace=inplace), **params)
+    if op == "softplus":
+        input = _full_precision(input)
     f = resolve(op, op, **params)
     args = (None, f.function, f.params, 0.0)
     if not inplace:
@@ -323,6 +323,8 @@ def _along_dim(public, native, input, dim, _stacklevel, dtype):
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{op}: dtype must be torch.dtype, not {type(dtype).__name__}")
         input = input.to(dtype=dtype)
+    else:
+        input = _full_precision(input)
     if not _ours(op, input):
         return _native(op, native, input, dim)
     dim = normalize_dim(op, dim, input.dim())
@@ -467,6 +469,7 @@ def softmax_dropout(
         return softmax(input, dim)
     if not _ours("softmax_dropout", input):
         raise _no_kernels("softmax_dropout", "input", input)
+    input = _full_precision(input)
     dim = normalize_dim("softmax_dropout", dim, input.dim())
     if input.dim() == 0:
         return _as_vector(lambda x: softmax_dropout(x, dim, p, generator=generator), input)
@@ -620,6 +623,16 @@ def _fit_linear(op, input, weight, bias):
 
 def _unflatten(y, input):
     return y if input.dim() == 2 else y.reshape(*input.shape[:-1], y.shape[-1])
+
+
+def _full_precision(input):
+    """Autocast's cast on a GPU to float32, of what it computes in that dtype there."""
+    if input.is_cuda and input.dtype in _HALVES and torch.is_autocast_enabled("cuda"):
+        return input.float()
+    return input
+
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def _low_precision(*tensors):

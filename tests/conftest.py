@@ -7,12 +7,43 @@ import os
 os.environ.setdefault("JACOBIAN_OPS_NATIVE_BELOW", "0")
 os.environ.setdefault("JACOBIAN_OPS_GEMM", "own")
 
+import importlib.util
+
 import hypothesis
 import pytest
 import torch
 
 import jacobian_ops.functional
 import jacobian_ops.kernels._gemm
+from jacobian_ops import _backend
+
+# A native module that CPU tensors are sent to instead: `make test-cuda-on-host` tests the CUDA
+# kernels without a GPU.
+ON_HOST = os.environ.get("JACOBIAN_OPS_TEST_BACKEND", "")
+if ON_HOST:
+    _spec = importlib.util.spec_from_file_location("_cuda_on_host", ON_HOST)
+    _backend.BACKENDS["cpu"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_backend.BACKENDS["cpu"])
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() and "cuda" in _backend.BACKENDS else ("cpu",)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu_only: about the CPU's kernels and what is around them")
+
+
+def pytest_generate_tests(metafunc):
+    """Every test on every device that is there."""
+    cpu_only = any(m.name == "cpu_only" for m in metafunc.definition.iter_markers())
+    if len(DEVICES) > 1 and not cpu_only:
+        metafunc.parametrize("_same_start", DEVICES, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    if ON_HOST:
+        left = [i for i in items if i.get_closest_marker("cpu_only")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [i for i in items if not i.get_closest_marker("cpu_only")]
+
 
 hypothesis.settings.register_profile(
     "suite", deadline=None, max_examples=40, derandomize=True, database=None
@@ -28,8 +59,14 @@ def ours(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _same_start():
-    """Seed, threads and compile caches as if each test ran alone."""
+def _same_start(request):
+    """Seed, threads, device and compile caches as if each test ran alone."""
+    device = getattr(request, "param", "cpu")
     torch.manual_seed(0)
     torch.set_num_threads(2)
     torch._dynamo.reset()
+    if device != "cpu":
+        torch.set_default_device(device)
+    yield
+    if device != "cpu":
+        torch.set_default_device(None)

@@ -13,6 +13,8 @@ from bench.__main__ import main
 from bench.cases import CASES, mask, reference
 from bench.providers import make
 
+pytestmark = pytest.mark.cpu_only
+
 
 def run(*arguments):
     return main(["--quick", "--provider", "jacobian_ops,eager", *arguments])

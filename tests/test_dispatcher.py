@@ -29,6 +29,10 @@ SAMPLES = {
         (leaf(3, 4), leaf(3, 4), None, leaf(3, 4), *ACT, 1),
         (torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4), None, *ACT, 2),
     ],
+    "activation_vjp_sum": [
+        (leaf(3, 4), leaf(3, 4), *ACT),
+        (leaf(2, 3, 4), leaf(2, 3, 4), torch.tensor([1, 2]), "silu", [], 0.4),
+    ],
     "softmax": [(leaf(3, 4), 1, 1.0), (leaf(3, 4).T, 0, -1.0)],
     "softmax_vjp": [(leaf(3, 4), leaf(3, 4), 0, -1.0)],
     "softmax_jvp": [(leaf(3, 4), leaf(3, 4), 1, 1.0)],
@@ -83,6 +87,7 @@ ORDERS = {
     "activation": lambda args: 0,
     "activation_vjp": lambda args: args[-1],
     "activation_jvp": lambda args: 1,
+    "activation_vjp_sum": lambda args: 1,
     "linear_act_dropout_jvp": lambda args: 1,
     "activation_vjp_vjp": lambda args: args[-1] + 1,
     "activation_vjp_jvp": lambda args: args[-1] + (args[2] is not None),

@@ -136,6 +136,7 @@ MISMATCHES = {
     "activation_jvp": lambda a, b: kernels.activation_jvp(a, b, "relu"),
     "activation_vjp_vjp": lambda a, b: kernels.activation_vjp_vjp(a, a, b, "relu"),
     "activation_vjp_jvp": lambda a, b: kernels.activation_vjp_jvp(a, a, None, b, "relu"),
+    "activation_vjp_sum": lambda a, b: kernels.activation_vjp_sum(a, b, "relu"),
     "softmax_vjp": lambda a, b: kernels.softmax_vjp(a, b, 0),
     "softmax_jvp": lambda a, b: kernels.softmax_jvp(a, b, 0),
     "softmax_vjp_vjp": lambda a, b: kernels.softmax_vjp_vjp(a, a, b, 0),

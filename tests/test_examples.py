@@ -11,6 +11,8 @@ import torch
 from examples.digits.__main__ import CURVES_AGREE, PRODUCTS_AGREE, check, main
 from examples.digits.compare import PROVIDERS, Product, Run
 
+pytestmark = pytest.mark.cpu_only
+
 
 def run(folder, *arguments):
     torch.set_num_threads(1)  # so small a model gains nothing from more

@@ -9,6 +9,8 @@ import pytest
 
 import jacobian_ops
 
+pytestmark = pytest.mark.cpu_only
+
 PROGRAM = """
     import resource
     import torch

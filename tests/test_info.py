@@ -10,6 +10,8 @@ import torch
 
 import jacobian_ops
 
+pytestmark = pytest.mark.cpu_only
+
 
 def python(*arguments, **environment):
     """Run a fresh interpreter."""

@@ -1,6 +1,7 @@
 """The raw products on tensors and arrays, and the native module's own last line of checks."""
 
 import inspect
+import math
 
 import numpy as np
 import pytest
@@ -99,6 +100,22 @@ def test_every_activation_has_every_product():
         torch.testing.assert_close(tgx, f2 * a * b + f1 * b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (300, 7), (5, 1030), (2, 9, 64), (2, 2, 130, 33)])
+def test_vjp_and_its_sums(shape, dtype):
+    x, gy = (torch.randn(shape).to(dtype) for _ in range(2))
+    for options in ({}, dict(seed=torch.arange(math.prod(shape[:-2])).view(shape[:-2]), p=0.3)):
+        gx, total = kernels.activation_vjp_sum(x, gy.mT.contiguous().mT, "gelu", **options)
+        assert torch.equal(gx, kernels.activation_vjp(x, gy, "gelu", **options))
+        want = gx.double().sum(-2)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(total.double(), want, rtol=4 * eps, atol=eps * shape[-2] / 4)
+    empty, zeros = kernels.activation_vjp_sum(x[..., :0, :], gy[..., :0, :], "gelu")
+    assert empty.numel() == 0 and not zeros.any()
+    with pytest.raises(RuntimeError, match=r"activation_vjp_sum: x has shape \[3\]"):
+        kernels.activation_vjp_sum(torch.randn(3), torch.randn(3), "relu")
+
+
 def test_docstrings():
     for name in kernels.__all__:
         f = getattr(kernels, name)
@@ -163,6 +180,9 @@ BAD = {
         (PTR, 1, F32, 1, 2, 2**61, 0, 0, 0),
         (PTR, 1, F32, 1, 4, 2**61, 0, 0, 0),
         *(None, matrix(2, 4), 1),
+    ),
+    "activation_vjp_sum: short output": lambda: _cpu.activation_vjp_sum(
+        RELU, (1, 4, 2, 1.0), *[(PTR, 8, F32)] * 3, (PTR, 1, F32), None, 1
     ),
     "column_sum: short output": lambda: _cpu.column_sum(matrix(2, 3), (PTR, 2, F32), 1),
 }

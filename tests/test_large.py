@@ -6,6 +6,8 @@ import torch
 
 from jacobian_ops import kernels
 
+pytestmark = pytest.mark.cpu_only
+
 MIB = 1 << 20
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 

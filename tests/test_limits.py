@@ -12,6 +12,8 @@ from bench.__main__ import main
 from bench.limits_report import Point, Result
 from bench.targets import LINES, SIZES, SWEEP
 
+pytestmark = pytest.mark.cpu_only
+
 RESULT = Result(
     *("gelu", "4x4", "float32", "forward"),
     target=2.0,

@@ -12,6 +12,8 @@ from packaging.requirements import Requirement
 import jacobian_ops
 from jacobian_ops import _cpu, functional
 
+pytestmark = pytest.mark.cpu_only
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

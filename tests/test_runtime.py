@@ -16,6 +16,8 @@ from jacobian_ops import _cpu, kernels
 
 from .cases import CASES
 
+pytestmark = pytest.mark.cpu_only
+
 
 def python(code, **environment):
     """Run code in a new interpreter; its output."""
@@ -43,6 +45,7 @@ def everything(dtype=torch.float32):
         kernels.activation_vjp(x, t, name, order=k) for name in ("gelu", "mish") for k in (1, 3)
     ]
     outs += [*kernels.activation_jvp(x, t, "tanh", seed=3, p=0.3)]
+    outs += [*kernels.activation_vjp_sum(x, t, "gelu", seed=3, p=0.3)]
     for dim in (0, 1):
         outs += [kernels.softmax(x, dim), *kernels.softmax_jvp(x, t, dim)]
         outs += [*kernels.log_softmax_jvp(x, t, dim), *kernels.softmax_vjp_vjp(x, t, t, dim)]

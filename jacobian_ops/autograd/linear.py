@@ -10,7 +10,7 @@ Tensors are ``x (*batch, M, K)``, ``weight (*batch, N, K)``, ``bias (*batch, N)`
 from __future__ import annotations
 
 from .. import kernels
-from ..kernels._arguments import linear_result
+from ..kernels._arguments import linear_result, result_like
 from .activation import activation_jvp, activation_vjp, from_result
 from .dropout import dropout
 from .rule import Rule, define, front
@@ -173,6 +173,26 @@ class ColumnSum(Rule):
         return x.sum(-2)
 
 
+class ActivationVjpSum(Rule):
+    """gx = m * f'(x) * gy and its sums over rows, in the pass that makes it."""
+
+    schema = (
+        "activation_vjp_sum(Tensor x, Tensor gy, Tensor? seed, str f, float[] params, float p)"
+        " -> (Tensor, Tensor)"
+    )
+
+    def kernel(x, gy, seed, f, params, p):
+        act = kernels.Activation(f, tuple(params))
+        return kernels.activation_vjp_sum(x, gy, act, seed=seed, p=p)
+
+    def fake(x, gy, *_):
+        return result_like(x, row_major=True), ColumnSum.fake(x)
+
+    def composite(x, gy, seed, f, params, p):
+        gx = activation_vjp(x, gy, seed, f, params, p, 1)
+        return gx, column_sum(gx)
+
+
 def _kept(f, params, p, out):
     """What the activation is differentiated at: the result, z, or None where neither is there."""
     y, z = out
@@ -215,6 +235,11 @@ class LinearActDropout(Rule):
 
     def vjp(saved, consts, needs, gy, gz):
         (x, weight, bias, seed, s), (f, params, p, keep_z) = saved, consts
+        if gy is not None and needs[2] and f != "identity" and (gz is None or not keep_z):
+            s = linear(x, weight, bias) if s is None else s
+            gz, gbias = activation_vjp_sum(s, gy, seed, from_result(f, p) or f, params, p)
+            gx, gweight, _ = Linear.vjp((x, weight), (), (*needs[:2], False), gz)
+            return gx, gweight, gbias, None
         if gy is not None:
             gy = _through(gy, s, x, weight, bias, seed, f, params, p)
         gz = _add(gy, gz if keep_z else None)
@@ -267,5 +292,6 @@ linear = define(Linear)
 linear_vjp = define(LinearVjp)
 linear_jvp = define(LinearJvp)
 column_sum = define(ColumnSum)
+activation_vjp_sum = define(ActivationVjpSum)
 linear_act_dropout = define(LinearActDropout)
 linear_act_dropout_jvp = define(LinearActDropoutJvp)

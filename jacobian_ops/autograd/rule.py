@@ -33,12 +33,28 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
+from torch.utils._device import DeviceContext
 
-from .._backend import AUTOCAST_KEYS
+from .._backend import AUTOCAST_KEYS, BACKENDS
 
 _C = torch._C
 LIBRARY = torch.library.Library("jacobian_ops", "DEF")
 CPU_KEYS = _C._dispatch_keys(torch.empty(0))
+_KEYS = {"cpu": CPU_KEYS}
+
+
+def _dense_keys(device: torch.device):
+    """The dispatch keys of an ordinary tensor on ``device``; None where there are no kernels."""
+    if device.type not in _KEYS:
+        built = device.type in BACKENDS
+        _KEYS[device.type] = _C._dispatch_keys(torch.empty(0, device=device)) if built else None
+    return _KEYS[device.type]
+
+
+def _only_default_device() -> bool:
+    """Whether every mode for functions is torch.set_default_device's, which is about factories."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return all(type(mode) is DeviceContext for mode in modes)
 
 
 class Rule:
@@ -83,7 +99,7 @@ def plain(tensors) -> bool:
     if (
         _C._are_functorch_transforms_active()
         or _C._len_torch_dispatch_stack()
-        or _C._len_torch_function_stack()
+        or (_C._len_torch_function_stack() and not _only_default_device())
         or forward_ad._current_level >= 0
         # torch.jit.trace and make_fx(pre_dispatch=True) see dispatcher ops only.
         or _C._get_tracing_state() is not None
@@ -93,9 +109,10 @@ def plain(tensors) -> bool:
     for t in tensors:
         if t is not None:
             kind = type(t)
-            if (kind is not Tensor and kind is not Parameter) or not t.is_cpu:
+            if kind is not Tensor and kind is not Parameter:
                 return False
-            if _C._dispatch_keys(t) != CPU_KEYS:
+            dense = CPU_KEYS if t.is_cpu else _dense_keys(t.device)
+            if dense is None or _C._dispatch_keys(t) != dense:
                 return False
     return True
 
@@ -116,7 +133,8 @@ def define(rule: type[Rule]) -> Callable:
     tensors = rule.schema.split("->")[0].count("Tensor")
     LIBRARY.define(rule.schema)
     op = getattr(torch.ops.jacobian_ops, name).default
-    LIBRARY.impl(name, rule.kernel, "CPU")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, rule.kernel, key)
     LIBRARY.impl(name, _autograd_kernel(rule, op, tensors), "Autograd")
     torch.library.register_fake(f"jacobian_ops::{name}", rule.fake, lib=LIBRARY)
     torch.library.register_vmap(f"jacobian_ops::{name}", lambda *a: rule.vmap(*a), lib=LIBRARY)

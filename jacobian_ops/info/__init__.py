@@ -6,7 +6,7 @@ import platform
 
 import torch  # before _cpu: both then share the one OpenMP runtime that torch loads
 
-from .. import _cpu
+from .. import _backend, _cpu
 
 __all__ = ["__version__", "build_info"]
 
@@ -21,7 +21,8 @@ def build_info() -> dict[str, object]:
         instruction set in use, and ``available_isas``, those that were built and that this machine
         has (``JACOBIAN_OPS_ISA`` picks one before the import); ``openmp``, the runtime that is
         loaded and its threads; ``threads``, what the next kernel uses (``torch.set_num_threads``);
-        ``cuda``; ``torch``; ``python``; ``platform``.
+        ``cuda``, what its kernels were built for and whether they can run here; ``torch``;
+        ``python``; ``platform``.
     """
     return {
         "version": __version__,
@@ -30,8 +31,18 @@ def build_info() -> dict[str, object]:
         "available_isas": tuple(_cpu.available_isas()),
         "openmp": _cpu.openmp(),
         "threads": torch.get_num_threads(),
-        "cuda": "not built",
+        "cuda": _cuda(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def _cuda() -> str:
+    """What the CUDA kernels were built for, and why they cannot run here if so."""
+    backend = _backend.BACKENDS.get("cuda")
+    if backend is None:
+        return "not built"
+    built = f"built for {', '.join(backend.architectures())} with CUDA {backend.runtime()}"
+    reason = backend.unusable()
+    return built if reason is None else f"{built}; {reason}"

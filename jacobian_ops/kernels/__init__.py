@@ -13,6 +13,7 @@ from .activation import (
     activation_jvp,
     activation_vjp,
     activation_vjp_jvp,
+    activation_vjp_sum,
     activation_vjp_vjp,
     resolve,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "activation_jvp",
     "activation_vjp",
     "activation_vjp_jvp",
+    "activation_vjp_sum",
     "activation_vjp_vjp",
     "column_sum",
     "dropout",

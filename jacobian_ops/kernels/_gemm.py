@@ -1,8 +1,12 @@
-"""Whose matrix product a plain linear map runs: ours, or the one of the library in torch.
+"""Whose matrix product a linear map runs: ours, or the one of the library in torch.
 
-With AMX, on Intel processors, MKL and oneDNN reach most of the peak in many shapes.  Elsewhere,
-and where activation and dropout are fused into the product, ours runs.  The classes below are
-measured ones (docs/performance.md).
+With AMX, on Intel processors, MKL and oneDNN reach most of the peak in many shapes.  On other
+processors, and where activation and dropout are fused into the product, ours runs.  The classes
+below are measured ones (docs/performance.md).
+
+On a GPU cuBLASLt does plain products and large ones; activation and dropout then follow in one more
+kernel.  Where the launches and the passes over memory cost more than the arithmetic, one kernel of
+ours does everything (jacobian_ops/tuning.py).
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend, _cpu
+from .. import _backend, _cpu, tuning
 
 CHOICES = ("auto", "own", "torch")
 # "own" has the same bits for any number of threads; MKL does not promise that.
@@ -40,9 +44,18 @@ def _ours_in_16_bits(dtype: torch.dtype, *sizes: int) -> bool:
     return min(sizes) >= _THIN and max(sizes) <= _SMALL[dtype]
 
 
+# On a GPU, rows up to which x and its tangent are joined for one product: W is then read once, and
+# that is most of the traffic.
+_FEW_ROWS = 128
+
+
 def _torch_serves(*matrices: Tensor | None) -> bool:
     """Whether torch's product takes these matrices at all, and may be chosen."""
-    if CHOICE == "own" or (CHOICE == "auto" and not _MEASURED):
+    if CHOICE == "own":
+        return False
+    if _backend.on_device(matrices[0]):
+        return all(a is None or (a.numel() > 0 and not a.is_neg()) for a in matrices)
+    if CHOICE == "auto" and not _MEASURED:
         return False
     return all(
         a is None or (a.dim() == 2 and a.numel() > 0 and a.is_cpu and not a.is_neg())
@@ -50,13 +63,28 @@ def _torch_serves(*matrices: Tensor | None) -> bool:
     )
 
 
+def _always(t: Tensor) -> bool:
+    return CHOICE == "torch" or _backend.on_device(t)
+
+
+def torch_is_faster_unfused(
+    x: Tensor, weight: Tensor, tx: Tensor | None = None, tweight: Tensor | None = None
+) -> bool:
+    """For ``m * f(x W^T + b)`` or its JVP: whether torch's product is to run, and f after it."""
+    if not (_torch_serves(x, weight, tx, tweight) and _backend.on_device(x)):
+        return False
+    products = 1 + (tx is not None) + (tweight is not None)
+    work = products * x.numel() * weight.shape[-2]
+    return CHOICE == "torch" or work > tuning.fused_up_to(x.device)[x.dtype]
+
+
 def torch_is_faster(x: Tensor, weight: Tensor, *tangents: Tensor | None) -> bool:
     """For ``x W^T``: whether torch's product is to run."""
     if not _torch_serves(x, weight, *tangents):
         return False
-    (m, k), n = x.shape, weight.shape[0]
-    if CHOICE == "torch":
+    if _always(x):
         return True
+    (m, k), n = x.shape, weight.shape[0]
     if x.dtype is torch.float32:
         return not (k <= 256 and m >= 4096 or 2 <= m <= 16 and k >= 1024)
     if x.dtype is torch.float64:
@@ -68,17 +96,19 @@ def torch_is_faster_for_gx(gy: Tensor, weight: Tensor) -> bool:
     """For ``gy W``."""
     if not _torch_serves(gy, weight):
         return False
+    if _always(gy) or gy.dtype in _WIDE:
+        return True
     (m, n), k = gy.shape, weight.shape[1]
-    return CHOICE == "torch" or gy.dtype in _WIDE or not _ours_in_16_bits(gy.dtype, m, n, k)
+    return not _ours_in_16_bits(gy.dtype, m, n, k)
 
 
 def torch_is_faster_for_gweight(gy: Tensor, x: Tensor) -> bool:
     """For ``gy^T x``: a sum over few rows is a large result that ours writes past the caches."""
     if not _torch_serves(gy, x):
         return False
-    (m, n), k = gy.shape, x.shape[1]
-    if CHOICE == "torch":
+    if _always(gy):
         return True
+    (m, n), k = gy.shape, x.shape[1]
     if gy.dtype in _WIDE:
         return not (m <= 128 and n * k >= 1 << 23)
     return not _ours_in_16_bits(gy.dtype, m, n, k)
@@ -95,24 +125,59 @@ def _as_they_are():
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Torch's ``a b``, unseen by autograd."""
     with _as_they_are():
-        return torch.mm(a, b)
+        return torch.matmul(a, b)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Torch's ``x W^T + b``, unseen by autograd: in 16 bits the bias joins before the rounding."""
+    if x.dim() > 2:
+        return _affine(x, weight, None if bias is None else bias.unsqueeze(-2))
     with _as_they_are():
         return F.linear(x, weight, bias)
 
 
+def _affine(x: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
+    """Torch's ``x W^T + offset``; the offset broadcasts along rows."""
+    with _as_they_are():
+        if offset is None:
+            return torch.matmul(x, weight.mT)
+        if x.dim() == 2:
+            return torch.addmm(offset, x, weight.mT)
+        offset, left, right = (t.flatten(0, -3) for t in (offset, x, weight.mT))
+        return torch.baddbmm(offset, left, right).unflatten(0, x.shape[:-2])
+
+
 def torch_is_faster_for_tangents(x: Tensor, weight: Tensor, *tangents: Tensor | None) -> bool:
-    """For the two or three products of a JVP, as :func:`tangent` takes them."""
+    """For the two or three products of a JVP, as :func:`dual` takes them."""
     joined = x.dtype not in _WIDE and all(t is not None for t in tangents)
-    if joined and CHOICE == "auto" and x.shape[0] < _JOINED:
+    if joined and CHOICE == "auto" and x.is_cpu and x.shape[0] < _JOINED:
         return False  # joining the weights costs more than it saves
     return torch_is_faster(x, weight, *tangents)
 
 
-def tangent(
+def dual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tx: Tensor | None,
+    tweight: Tensor | None,
+    tbias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``x W^T + b`` and its tangent by torch's products."""
+    rows = x.shape[-2]
+    if tweight is None and tx is not None and _backend.on_device(x) and rows <= _FEW_ROWS:
+        offset = None
+        if bias is not None or tbias is not None:
+            zero = x.new_zeros(weight.shape[:-1])
+            lines = (zero if line is None else line for line in (bias, tbias))
+            shape = (*x.shape[:-1], weight.shape[-2])
+            offset = torch.cat([line.unsqueeze(-2).expand(shape) for line in lines], -2)
+        both = _affine(torch.cat((x, tx), -2), weight, offset)
+        return both[..., :rows, :].contiguous(), both[..., rows:, :].contiguous()
+    return linear(x, weight, bias), _tangent(x, weight, tx, tweight, tbias)
+
+
+def _tangent(
     x: Tensor,
     weight: Tensor,
     tx: Tensor | None,
@@ -121,14 +186,12 @@ def tangent(
 ) -> Tensor:
     """Torch's ``tx W^T + x tW^T + tb``; in 16 bits as one product, so that it is rounded once."""
     if tx is None and tweight is None:
-        zero = x.new_zeros(x.shape[0], weight.shape[0])
-        return zero if tbias is None else zero.add_(tbias)
+        zero = x.new_zeros((*x.shape[:-1], weight.shape[-2]))
+        return zero if tbias is None else zero.add_(tbias.unsqueeze(-2))
     if tweight is None:
         return linear(tx, weight, tbias)
     if tx is None:
         return linear(x, tweight, tbias)
     if x.dtype not in _WIDE:
-        return linear(torch.cat((tx, x), 1), torch.cat((weight, tweight), 1), tbias)
-    ty = linear(tx, weight, tbias)
-    with _as_they_are():
-        return ty.addmm_(x, tweight.t())
+        return linear(torch.cat((tx, x), -1), torch.cat((weight, tweight), -1), tbias)
+    return _affine(x, tweight, linear(tx, weight, tbias))

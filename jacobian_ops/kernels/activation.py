@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from ._arguments import arrays_too, check_dtype, check_seed, operands, output, seed_tensor
+from ._arguments import (
+    arrays_too,
+    check_dtype,
+    check_seed,
+    operands,
+    output,
+    result_like,
+    rows,
+    seed_tensor,
+)
 
 
 class Activation(NamedTuple):
@@ -93,12 +102,9 @@ def _run(op, names, tensors, out, name, params, seed, p, order=None):
     x = tensors[0]
     out = [output(op, o, x) for o in out]
     if x.numel():
-        kernel = getattr(_backend.of(op, names[0], x), op)
         buffers = [None if t is None else _backend.buffer(t) for t in (*tensors, *out)]
-        if order is None:
-            kernel(act, *buffers, mask, _backend.threads())
-        else:
-            kernel(act, order, *buffers, mask, _backend.threads())
+        orders = () if order is None else (order,)
+        _backend.run(op, names[0], x, op, act, *orders, *buffers, mask)
     return tuple(out)
 
 
@@ -135,6 +141,46 @@ def activation_vjp(
     """``gx = m * f^(order)(x) * gy``.  The Jacobian is diagonal: also the JVP along ``gy``."""
     op = "activation_vjp"
     return _run(op, ("x", "gy"), (x, gy), (out,), name, params, seed, p, order)[0]
+
+
+@arrays_too
+def activation_vjp_sum(
+    x: Tensor,
+    gy: Tensor,
+    name,
+    *,
+    seed=None,
+    p: float = 0.0,
+    **params,
+) -> tuple[Tensor, Tensor]:
+    """:func:`activation_vjp` and its sums over rows, the bias gradient of a linear layer beneath.
+
+    Args:
+        x: (*batch, M, N); float64, float32, bfloat16 or float16.
+        gy: Of the shape and dtype of ``x``.
+        name: As for :func:`activation`.
+        seed: As for :func:`activation`.
+        p: Dropout probability.
+        params: Parameters of the activation.
+
+    Returns:
+        ``gx``, contiguous, and the sums (*batch, N), in float32 or wider before they are rounded.
+    """
+    op = "activation_vjp_sum"
+    act = _act(op, name, params)
+    x, gy = operands(op, ("x", "gy"), (x, gy), row_major=True)
+    if x.dim() < 2:
+        raise RuntimeError(f"{op}: x has shape {list(x.shape)}; allowed: (*batch, M, N)")
+    mask = None
+    if p != 0.0:
+        seed = check_seed(op, seed_tensor(op, seed, p, x), x)
+        mask = _backend.mask(seed, p)
+    gx, total = result_like(x, row_major=True), x.new_empty((*x.shape[:-2], x.shape[-1]))
+    if total.numel():
+        extents = rows(x.shape, x.dim() - 2)
+        buffers = map(_backend.buffer, (x, gy, gx, total))
+        _backend.run(op, "x", x, op, act, extents, *buffers, mask, sums=extents)
+    return gx, total
 
 
 @arrays_too

@@ -26,12 +26,7 @@ def dropout(x: Tensor, p: float, seed, *, out=None) -> Tensor:
     (x,) = operands(op, ("x",), (x,), row_major=True)
     y = output(op, out, x)
     if x.numel():
-        _backend.of(op, "x", x).dropout(
-            _backend.buffer(x),
-            _backend.buffer(y),
-            _backend.mask(seed, p),
-            _backend.threads(),
-        )
+        _backend.run(op, "x", x, op, _backend.buffer(x), _backend.buffer(y), _backend.mask(seed, p))
     return y
 
 
@@ -57,11 +52,6 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, seed, *, out=None) -> Ten
     x, residual = operands(op, ("x", "residual"), (x, residual), row_major=True)
     y = output(op, out, x)
     if x.numel():
-        _backend.of(op, "x", x).dropout_add(
-            _backend.buffer(x),
-            _backend.buffer(residual),
-            _backend.buffer(y),
-            _backend.mask(seed, p),
-            _backend.threads(),
-        )
+        buffers = map(_backend.buffer, (x, residual, y))
+        _backend.run(op, "x", x, op, *buffers, _backend.mask(seed, p))
     return y

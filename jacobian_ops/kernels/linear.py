@@ -19,11 +19,12 @@ from ._arguments import (
     check_seed,
     linear_result,
     output,
+    rows,
     seed_tensor,
 )
-from .activation import _act
+from .activation import _native_act, activation, activation_jvp, resolve
 
-_IDENTITY = _act("linear_jvp", "identity", {})
+_IDENTITY = resolve("linear_jvp", "identity")
 
 
 def _check(op, names, x, weight, bias):
@@ -120,12 +121,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out=None) -
                 )
     if y.numel():
         x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
-        _backend.of("linear", "x", x).linear(
+        _backend.run(
+            "linear",
+            "x",
+            x,
+            "linear",
             _backend.matrix(x),
             _backend.matrix(weight),
             _described(bias, _backend.buffer),
             _backend.matrix(_matrix(y)),
-            _backend.threads(),
         )
     return y
 
@@ -139,10 +143,8 @@ def column_sum(x: Tensor) -> Tensor:
         raise RuntimeError(f"{op}: x has shape {list(x.shape)}; allowed: (*batch, M, N)")
     y = x.new_empty((*x.shape[:-2], x.shape[-1]))
     if y.numel():
-        x = _matrix(x)
-        _backend.of(op, "x", x).column_sum(
-            _backend.matrix(x), _backend.buffer(y), _backend.threads()
-        )
+        described, out = _backend.matrix(_matrix(x)), _backend.buffer(y)
+        _backend.run(op, "x", x, op, described, out, sums=rows(x.shape, x.dim() - 2))
     return y
 
 
@@ -191,7 +193,7 @@ def linear_vjp(
     if needs[1]:
         _check_factor(op, gy, "x", x, (*batch, rows))
         if _gemm.torch_is_faster_for_gweight(gy, x):
-            gweight = _gemm.matmul(gy.t(), x)
+            gweight = _gemm.matmul(gy.mT, x)
         else:
             gweight = own[1] = gy.new_empty((*batch, cols, x.shape[-1]))
     if needs[2]:
@@ -199,15 +201,19 @@ def linear_vjp(
     if any(t is not None for t in own):
         x = None if own[1] is None else _matrix(x)
         weight = None if own[0] is None else _matrix(weight)
-        gy = _matrix(gy)
-        _backend.of(op, "gy", gy).linear_vjp(
+        gy = _matrix(gy if gy.dim() > 2 else gy.unsqueeze(0))
+        _backend.run(
+            op,
+            "gy",
+            gy,
+            op,
             _described(x, _backend.matrix),
             _described(weight, _backend.matrix),
             _backend.matrix(gy),
             _described(_matrix(own[0]), _backend.matrix),
             _described(_matrix(own[1]), _backend.matrix),
             _described(own[2], _backend.buffer),
-            _backend.threads(),
+            sums=None if own[2] is None else (*gy.shape, 1.0),
         )
     return gx, gweight, gbias
 
@@ -228,7 +234,7 @@ def linear_jvp(
     op = "linear_jvp"
     _check_dual(op, x, weight, bias, tx, tweight, tbias)
     if _gemm.torch_is_faster_for_tangents(x, weight, tx, tweight):
-        return _gemm.linear(x, weight, bias), _gemm.tangent(x, weight, tx, tweight, tbias)
+        return _gemm.dual(x, weight, bias, tx, tweight, tbias)
     return _dual(op, x, weight, bias, tx, tweight, tbias, _IDENTITY, 0.0, None)
 
 
@@ -261,21 +267,27 @@ def linear_act_dropout(
     """
     op = "linear_act_dropout"
     _check(op, "x weight bias", x, weight, bias)
-    act = _act(op, name, params)
+    f = resolve(op, name, **params)
+    seed = _mask_seed(op, seed, p, x)
+    if _gemm.torch_is_faster_unfused(x, weight):
+        z = _gemm.linear(x, weight, bias)
+        return activation(z, f, seed=seed, p=p), z if keep_z else None
     y = linear_result(x, weight)
     z = torch.empty_like(y) if keep_z else None
-    seed = _mask_seed(op, seed, p, x)
     if y.numel():
         x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
-        _backend.of(op, "x", x).linear_act_dropout(
+        _backend.run(
+            op,
+            "x",
+            x,
+            op,
             _backend.matrix(x),
             _backend.matrix(weight),
             _described(bias, _backend.buffer),
             _backend.matrix(_matrix(y)),
             _described(_matrix(z), _backend.matrix),
-            act,
+            _native_act(f),
             _backend.mask(seed, p),
-            _backend.threads(),
         )
     return y, z
 
@@ -298,9 +310,13 @@ def linear_act_dropout_jvp(
     ``ty = m * f'(z) * tz`` with ``tz`` of :func:`linear_jvp`; an absent tangent is None.
     """
     op = "linear_act_dropout_jvp"
-    act = _act(op, name, params)
+    f = resolve(op, name, **params)
     _check_dual(op, x, weight, bias, tx, tweight, tbias)
-    return _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed)
+    seed = _mask_seed(op, seed, p, x)
+    if _gemm.torch_is_faster_unfused(x, weight, tx, tweight):
+        z, tz = _gemm.dual(x, weight, bias, tx, tweight, tbias)
+        return activation_jvp(z, tz, f, seed=seed, p=p)
+    return _dual(op, x, weight, bias, tx, tweight, tbias, f, p, seed)
 
 
 def _check_dual(op, x, weight, bias, tx, tweight, tbias):
@@ -317,14 +333,17 @@ def _check_dual(op, x, weight, bias, tx, tweight, tbias):
                 )
 
 
-def _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed):
+def _dual(op, x, weight, bias, tx, tweight, tbias, f, p, seed):
     """Primal and tangent from checked arguments, in one kernel."""
     y, ty = linear_result(x, weight), linear_result(x, weight)
-    seed = _mask_seed(op, seed, p, x)
     if y.numel():
         x, weight, tx, tweight = map(_matrix, (x, weight, tx, tweight))
         bias, tbias = _line(bias), _line(tbias)
-        _backend.of(op, "x", x).linear_act_dropout_jvp(
+        _backend.run(
+            op,
+            "x",
+            x,
+            "linear_act_dropout_jvp",
             _backend.matrix(x),
             _backend.matrix(weight),
             _described(bias, _backend.buffer),
@@ -334,8 +353,7 @@ def _dual(op, x, weight, bias, tx, tweight, tbias, act, p, seed):
             _backend.matrix(_matrix(y)),
             _backend.matrix(_matrix(ty)),
             None,
-            act,
+            _native_act(f),
             _backend.mask(seed, p),
-            _backend.threads(),
         )
     return y, ty

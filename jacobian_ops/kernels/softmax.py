@@ -39,11 +39,14 @@ def _run(op, names, tensors, out, dim, scale=1.0, seed=None, p=None):
     tensors = operands(op, names, tensors, row_major=True)
     out = tuple(output(op, o, tensors[0]) for o in out)
     if tensors[0].numel():
-        getattr(_backend.of(op, names[0], tensors[0]), op)(
+        _backend.run(
+            op,
+            names[0],
+            tensors[0],
+            op,
             rows(tensors[0].shape, dim, scale),
             *(None if t is None else _backend.buffer(t) for t in (*tensors, *out)),
             *masks,
-            _backend.threads(),
         )
     return out
 

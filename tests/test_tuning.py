@@ -1,0 +1,72 @@
+"""What one fused kernel computes on a GPU: built in, measured, kept."""
+
+import json
+
+import pytest
+import torch
+
+from jacobian_ops import _backend, autotune, kernels, tuning
+from jacobian_ops.kernels import _gemm
+
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("JACOBIAN_OPS_CACHE", str(tmp_path))
+    tuning.fused_up_to.cache_clear()
+    yield tmp_path / "fused.json"
+    tuning.fused_up_to.cache_clear()
+
+
+def test_measured_sizes_are_kept(own_cache, monkeypatch):
+    monkeypatch.setattr(_backend, "on_device", lambda t: True)
+    monkeypatch.setattr(tuning, "_SIDES", (8, 16))
+    choice = _gemm.CHOICE
+    assert tuning.fused_up_to(DEVICE) == tuning.BUILT_IN
+    found = autotune(DEVICE, seconds=1e-4)
+    assert _gemm.CHOICE == choice
+    assert found.keys() == tuning.BUILT_IN.keys()
+    assert set(found.values()) <= {0, 8**3, 16**3}
+    assert tuning.fused_up_to(DEVICE) == found
+    assert json.loads(own_cache.read_text()).keys() == {"cpu"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"cpu": 1}', '{"cpu": {"float32": "x"}}'])
+def test_a_broken_file_is_not_used(own_cache, text):
+    own_cache.write_text(text)
+    assert tuning.fused_up_to(DEVICE) == tuning.BUILT_IN
+
+
+@pytest.mark.cpu_only
+def test_only_gpus_are_tuned():
+    with pytest.raises(ValueError, match="autotune: device is cpu; allowed: a GPU"):
+        autotune("cpu")
+
+
+def test_both_ways_agree(monkeypatch):
+    """A product by torch with the epilogue after it, and one kernel."""
+    monkeypatch.setattr(_backend, "on_device", lambda t: True)
+    for batch in ((), (2,), (2, 3)):
+        x, tx = (torch.randn(*batch, 9, 5, dtype=torch.float64) for _ in range(2))
+        w, tw = (torch.randn(*batch, 7, 5, dtype=torch.float64) for _ in range(2))
+        b, tb = (torch.randn(*batch, 7, dtype=torch.float64) for _ in range(2))
+        seed = torch.randint(9, batch)
+        for bias, *tangents in (
+            *((b, tx, tw, tb), (b, tx, None, tb), (b, tx, None, None), (None, tx, None, tb)),
+            *(
+                (None, tx, None, None),
+                (b, None, tw, tb),
+                (b, None, None, tb),
+                (b, None, None, None),
+            ),
+        ):
+            results = []
+            for choice in ("own", "torch"):
+                monkeypatch.setattr(_gemm, "CHOICE", choice)
+                forward = kernels.linear_act_dropout(x, w, bias, "gelu", 0.4, seed, keep_z=True)
+                dual = kernels.linear_act_dropout_jvp(x, w, bias, *tangents, "gelu", 0.4, seed)
+                plain = kernels.linear_jvp(x, w, bias, *tangents)
+                back = kernels.linear_vjp(x, w, forward[0])
+                results.append((*forward, *dual, *plain, *back))
+            torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
