@@ -323,10 +323,10 @@ def _along_dim(public, native, input, dim, _stacklevel, dtype):
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{op}: dtype must be torch.dtype, not {type(dtype).__name__}")
         input = input.to(dtype=dtype)
-    else:
-        input = _full_precision(input)
     if not _ours(op, input):
         return _native(op, native, input, dim)
+    if dtype is None:
+        input = _full_precision(input)
     dim = normalize_dim(op, dim, input.dim())
     if input.dim() == 0:
         return _as_vector(lambda x: public(x, dim), input)

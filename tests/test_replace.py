@@ -225,15 +225,15 @@ def test_what_is_changed_between_calls_is_heeded(fused):
 
 
 def test_state_dict_stays():
-    model = Block()
+    model = Block().double()
     before = model.state_dict()
     after = replace(model).state_dict()
     assert list(after) == list(before)
     assert all(after[k].data_ptr() == t.data_ptr() for k, t in before.items())
-    other = Block()
+    other = Block().double()
     other.load_state_dict(after)
     model.load_state_dict(other.state_dict())
-    same(other, model, x_of())
+    same(other, model, x_of().double())
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
