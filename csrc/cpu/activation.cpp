@@ -74,7 +74,7 @@ void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* 
          bool streams) {
   using V = Vec<Compute<T>>;
   constexpr int kLanes = V::kLanes, kUnroll = 2;
-  const Params<V> params{V(act.a), V(act.b), V(act.c)};
+  const Params<V, sizeof(T) == 2> params{V(act.a), V(act.b), V(act.c)};
   const T* in[Op::kIn];
   T* out[Op::kOut];
   for (int k = 0; k < Op::kIn; ++k) in[k] = ins[k];

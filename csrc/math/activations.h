@@ -15,8 +15,9 @@ struct Jet {
   A f, d1, d2, d3;
 };
 
-// The parameters of an activation; their meaning stands at the struct.
-template <class A>
+// The parameters of an activation; their meaning stands at the struct. kShort: results will be
+// rounded to 16 bits, so shorter series do.
+template <class A, bool kShort = false>
 struct Params {
   A a, b, c;
 };
@@ -39,31 +40,31 @@ struct Gate {
 };
 
 struct Identity : Smooth {
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
     return {x, A(1), A(0), A(0)};
   }
 };
 
 struct Relu : Gate {  // f'(0) = 0, f'(NaN) = 1
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
     const auto off = x <= A(0);
     return {select(off, A(0), x), select(off, A(0), A(1)), A(0), A(0)};
   }
 };
 
 struct LeakyRelu : Smooth {  // a: slope
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>& p) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>& p) {
     const auto on = x > A(0);
     return {select(on, x, p.a * x), select(on, A(1), p.a), A(0), A(0)};
   }
 };
 
 struct Elu : Smooth {  // x > 0: b x, else a b (e^(c x) - 1); selu and celu are elu
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>& p) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>& p) {
     const ExpBoth<A> b = exp_both(p.c * x);
     const A scale = p.a * p.b;
     const A d1 = scale * p.c * b.e, d2 = p.c * d1;
@@ -74,15 +75,15 @@ struct Elu : Smooth {  // x > 0: b x, else a b (e^(c x) - 1); selu and celu are 
 };
 
 struct Hardtanh : Gate {  // min(max(x, a), b); relu6 is hardtanh(0, 6)
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>& p) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>& p) {
     return {max(p.a, min(p.b, x)), select((x <= p.a) | (x >= p.b), A(0), A(1)), A(0), A(0)};
   }
 };
 
 struct Sigmoid : Smooth {
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
     const Logistic<A> l = logistic(x);
     const A d = l.s * l.c;
     return {l.s, d, d * (l.c - l.s), d * (A(1) - A(6) * d)};
@@ -90,17 +91,17 @@ struct Sigmoid : Smooth {
 };
 
 struct Tanh : Smooth {
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
     const TanhParts<A> h = tanh_parts(x);
     return {h.t, h.d, A(-2) * h.t * h.d, h.d * fma(A(6) * h.t, h.t, A(-2))};
   }
 };
 
 struct Gelu : Smooth {  // x Phi(x) = max(x, 0) - |x| Phi(-|x|)
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
-    const Normal<A> n = normal(x);
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
+    const Normal<A> n = normal<kShort>(x);
     const A z = clamp(x, -40, 40);
     const A square = z * z;
     return {fma(-n.a, n.tail, max(A(0), x)), fma(z, n.pdf, n.cdf), n.pdf * (A(2) - square),
@@ -110,8 +111,8 @@ struct Gelu : Smooth {  // x Phi(x) = max(x, 0) - |x| Phi(-|x|)
 
 struct GeluTanh
     : Smooth {  // x (1 + t)/2, t = tanh(u), u = beta (x + kappa x^3); (1 + t)/2 = sigmoid(2u)
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
     using T = Scalar<A>;
     constexpr T kBeta = T(0.79788456080286535588), kKappa = T(0.044715);
     const A z = clamp(x, -32, 32);
@@ -133,8 +134,8 @@ struct GeluTanh
 };
 
 struct Silu : Smooth {  // x sigmoid(x)
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
     const A z = clamp(x, -1000, 1000);
     const Logistic<A> l = logistic(x);
     const A s1 = l.s * l.c;
@@ -145,8 +146,8 @@ struct Silu : Smooth {  // x sigmoid(x)
 };
 
 struct Softplus : Smooth {  // a: beta, b: threshold. a x > b: x, else log(1 + e^(a x))/a
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>& p) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>& p) {
     const A z = p.a * x;
     const auto linear = z > p.b;
     const Logistic<A> l = logistic(z);
@@ -158,8 +159,8 @@ struct Softplus : Smooth {  // a: beta, b: threshold. a x > b: x, else log(1 + e
 };
 
 struct Mish : Smooth {  // x w, w = tanh(softplus(x)) = n/(n + 2), n = e^x (e^x + 2)
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
     const A z = clamp(x, -1000, 1000);
     const auto one = x > A(20);  // there w = 1 to the last digit
     const A e = exp(min(A(20), x));
@@ -179,8 +180,8 @@ struct Mish : Smooth {  // x w, w = tanh(softplus(x)) = n/(n + 2), n = e^x (e^x 
 };
 
 struct Hardswish : Gate {  // x min(max(x + 3, 0), 6)/6; f'(3) = 1, f'(-3) = 0, f''(+-3) = 0
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
     const A gate = max(A(0), min(A(6), x + A(3)));
     const auto low = x <= A(-3);
     const auto middle = x < A(3);
@@ -190,16 +191,16 @@ struct Hardswish : Gate {  // x min(max(x + 3, 0), 6)/6; f'(3) = 1, f'(-3) = 0, 
 };
 
 struct Hardsigmoid : Gate {  // min(max(x + 3, 0), 6)/6
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
     return {max(A(0), min(A(6), x + A(3))) / A(6),
             select((x > A(-3)) & (x < A(3)), A(1) / A(6), A(0)), A(0), A(0)};
   }
 };
 
 struct Logsigmoid : Smooth {  // min(x, 0) - log(1 + e^-|x|)
-  template <class A>
-  static JOPS_HD Jet<A> jet(A x, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A x, const Params<A, kShort>&) {
     const Logistic<A> l = logistic(x);
     const A d = l.s * l.c;
     return {select(x < A(0), x, A(0)) - log1p_unit(l.e), l.c, -d, d * (l.s - l.c)};
@@ -209,15 +210,15 @@ struct Logsigmoid : Smooth {  // min(x, 0) - log(1 + e^-|x|)
 // Derivatives from the saved output: functions F of y with F'(y) = f'(x); the value is not used.
 
 struct SigmoidY : Smooth {
-  template <class A>
-  static JOPS_HD Jet<A> jet(A y, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A y, const Params<A, kShort>&) {
     return {y, y * (A(1) - y), A(1) - A(2) * y, A(-2)};
   }
 };
 
 struct TanhY : Smooth {
-  template <class A>
-  static JOPS_HD Jet<A> jet(A y, const Params<A>&) {
+  template <class A, bool kShort>
+  static JOPS_HD Jet<A> jet(A y, const Params<A, kShort>&) {
     return {y, fma(-y, y, A(1)), A(-2) * y, A(-2)};
   }
 };

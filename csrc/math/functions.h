@@ -126,21 +126,17 @@ JOPS_HD TanhParts<A> tanh_parts(A x) {
   return {copysign(b.m * r, x), A(4) * b.e * r * r};
 }
 
-// The normal distribution: cdf = Phi(x) = erfc(-x/sqrt 2)/2 and pdf = exp(-x^2/2)/sqrt(2 pi).
-// Phi(-a) = exp(-a^2/2) Q(a) with Q smooth, a polynomial in 1/(1 + k a): the negative tail keeps
-// its digits, which (1 + erf)/2 loses.
+// Phi(-a) = exp(-a^2/2) Q(a), a = |x|, with Q smooth, a polynomial in 1/(1 + k a): the negative
+// tail keeps its digits, which (1 + erf)/2 loses.
 template <class A>
-struct Normal {
-  A cdf, pdf;
-  A a, tail;  // |x| where that counts, and Phi(-|x|)
+struct NormalTail {
+  A a, e, q;  // |x| where that counts, exp(-a^2/2), Q(a)
 };
 template <class A>
-JOPS_HD Normal<A> normal(A x) {
+JOPS_HD NormalTail<A> normal_tail(A x) {
   using T = Scalar<A>;
   const A a = min(A(T(kSingle<A> ? 14.4 : 38.6)), abs(x));  // both are 0 there
-  A e = exp_product(A(-0.5) * a, a);
-  // Denormal numbers have no digits to keep, and cost some processors 100 cycles each.
-  e = select(e < A(std::numeric_limits<T>::min()), A(0), e);
+  const A e = exp_product(A(-0.5) * a, a);
   A q;
   if constexpr (kSingle<A>) {
     const A t = reciprocal(fma(a, A(0.4f), A(1)));
@@ -160,8 +156,40 @@ JOPS_HD Normal<A> normal(A x) {
          -2.154316875692041897e-9,   -6.84711052506280807e-11,   2.369741434559901736e-10,
          1.837828148738456085e-13,   -1.747104287826137709e-11});
   }
-  const A tail = e * q;
-  return {select(x < A(0), tail, A(1) - tail), e * A(T(0.39894228040143267794)), a, tail};
+  return {a, e, q};
+}
+// With relative errors below 2^-15, for results that will be rounded to 16 bits.
+template <class A>
+JOPS_HD NormalTail<A> short_normal_tail(A x) {
+  const A a = min(A(13.25f), abs(x));
+  const A s = a * a * A(-0.72134752f);  // a power of 2
+  const A n = round_even(s);
+  const A e = scale2(
+      polynomial(s - n, {0.999999261f, 0.693121814f, 0.24024745f, 0.0559178633f, 0.00957009706f}),
+      n);
+  const A q = polynomial(
+      rough_reciprocal(fma(a, A(0.35f), A(1))),
+      {0.000310295202f, 0.134385107f, 0.174353096f, 0.00813831241f, 0.28156682f, -0.0987436005f});
+  return {a, e, q};
+}
+// The normal distribution: cdf = Phi(x) = erfc(-x/sqrt 2)/2 and pdf = exp(-x^2/2)/sqrt(2 pi).
+template <class A>
+struct Normal {
+  A cdf, pdf;
+  A a, tail;  // |x| where that counts, and Phi(-|x|)
+};
+template <bool kShort = false, class A>
+JOPS_HD Normal<A> normal(A x) {
+  using T = Scalar<A>;
+  NormalTail<A> n;
+  if constexpr (kShort)
+    n = short_normal_tail(x);
+  else
+    n = normal_tail(x);
+  // Denormal numbers have no digits to keep, and cost some processors 100 cycles each.
+  const A e = select(n.e < A(std::numeric_limits<T>::min()), A(0), n.e);
+  const A tail = e * n.q;
+  return {select(x < A(0), tail, A(1) - tail), e * A(T(0.39894228040143267794)), n.a, tail};
 }
 
 }  // namespace jops::JOPS_ISA
