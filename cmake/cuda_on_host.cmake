@@ -54,5 +54,8 @@ function(add_cuda_on_host_module name kernels)
 endfunction()
 
 file(GLOB cuda_kernels CONFIGURE_DEPENDS csrc/cuda/*.cu)
+if(cuda_kernels)
 add_cuda_on_host_module(_cuda_on_host "${cuda_kernels}"
   csrc/bindings.cpp csrc/checked.cpp csrc/names.cpp ${shim}/backend.cpp)
+endif()
+add_cuda_on_host_module(_broken ${shim}/broken.cu ${shim}/broken.cpp)

@@ -424,7 +424,7 @@ void pack_panel(P, const T* from, std::int64_t line_stride, std::int64_t depth_s
   const std::int64_t steps = (depth + P::kStep - 1) / P::kStep;
   // Squares of kLanes lines by kLanes steps, transposed in registers. The last lines of a panel
   // come first: what a vector of them writes past its step is written again.
-  constexpr int kGroups = (kWidth + kLanes - 1) / kLanes;
+  constexpr int kGroups = (kWidth + kLanes - 1) / kLanes, kAhead = 512;
   for (std::int64_t s = 0; s < steps; s += kLanes) {
     const std::int64_t k = s * P::kStep, left = depth - k;
     const int n = static_cast<int>(steps - s < kLanes ? steps - s : kLanes);
@@ -435,8 +435,9 @@ void pack_panel(P, const T* from, std::int64_t line_stride, std::int64_t depth_s
       for (int i = 0; i < kLanes; ++i) {
         square[i] = typename V::Native{};
         if (i < lines && line + i < count) {
-          square[i] =
-              P::along(from + (line + i) * line_stride + k * depth_stride, depth_stride, left).v;
+          const T* p = from + (line + i) * line_stride + k * depth_stride;
+          if (depth_stride == 1) prefetch_far(reinterpret_cast<const char*>(p) + kAhead);
+          square[i] = P::along(p, depth_stride, left).v;
         }
       }
       transpose<V>(square);

@@ -535,5 +535,7 @@ JOPS_HD void stream_fence() {
 #endif
 }
 JOPS_HD void prefetch(const void* p) { __builtin_prefetch(p); }
+// Into the second cache: for lines that would push each other out of the first one.
+JOPS_HD void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace jops::JOPS_ISA
