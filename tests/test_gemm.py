@@ -101,7 +101,7 @@ def test_what_torch_is_never_given(monkeypatch):
 
 def test_auto_is_ours_where_nothing_was_measured(monkeypatch):
     monkeypatch.setattr(_gemm, "CHOICE", "auto")
-    monkeypatch.setattr(_gemm, "_MEASURED", False)
+    monkeypatch.setattr(_gemm, "_LIBRARY", None)
     x, w = torch.randn(512, 512), torch.randn(512, 512)
     assert not _gemm.torch_is_faster(x, w)
     assert not _gemm.torch_is_faster_for_gx(x, w)
@@ -109,20 +109,24 @@ def test_auto_is_ours_where_nothing_was_measured(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dtype, m, k, n, classes",
+    "library, dtype, m, k, n, classes",
     [
-        (torch.float32, 2048, 1024, 4096, (True, True, True)),
-        (torch.float32, 8, 4096, 4096, (False, True, False)),
-        (torch.float64, 16384, 64, 256, (False, True, True)),
-        (torch.bfloat16, 512, 512, 512, (False, False, False)),
-        (torch.bfloat16, 8192, 32, 32, (True, True, True)),
-        (torch.float16, 512, 512, 512, (True, True, True)),
-        (torch.bfloat16, 4096, 1024, 4096, (True, True, True)),
+        ("amx", torch.float32, 2048, 1024, 4096, (True, True, True)),
+        ("amx", torch.float32, 8, 4096, 4096, (False, True, False)),
+        ("amx", torch.float64, 16384, 64, 256, (False, True, True)),
+        ("amx", torch.bfloat16, 512, 512, 512, (False, False, False)),
+        ("amx", torch.bfloat16, 8192, 32, 32, (True, True, True)),
+        ("amx", torch.float16, 512, 512, 512, (True, True, True)),
+        ("amx", torch.bfloat16, 4096, 1024, 4096, (True, True, True)),
+        ("avx512bf16", torch.bfloat16, 64, 4096, 4096, (True, True, True)),
+        ("avx512bf16", torch.bfloat16, 16, 4096, 4096, (False, False, False)),
+        ("avx512bf16", torch.float32, 2048, 1024, 4096, (False, False, False)),
+        ("avx512bf16", torch.float16, 512, 512, 512, (False, False, False)),
     ],
 )
-def test_classes(monkeypatch, dtype, m, k, n, classes):
+def test_classes(monkeypatch, library, dtype, m, k, n, classes):
     monkeypatch.setattr(_gemm, "CHOICE", "auto")
-    monkeypatch.setattr(_gemm, "_MEASURED", True)
+    monkeypatch.setattr(_gemm, "_LIBRARY", library)
     x, w, gy = (torch.empty(s, dtype=dtype) for s in ((m, k), (n, k), (m, n)))
     assert classes == (
         _gemm.torch_is_faster(x, w),

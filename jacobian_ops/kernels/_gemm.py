@@ -1,8 +1,8 @@
 """Whose matrix product a linear map runs: ours, or the one of the library in torch.
 
-With AMX, on Intel processors, MKL and oneDNN reach most of the peak in many shapes.  On other
-processors, and where activation and dropout are fused into the product, ours runs.  The classes
-below are measured ones (docs/performance.md).
+With AMX, on Intel processors, MKL and oneDNN reach most of the peak in many shapes, and oneDNN does
+in bfloat16 on AMD's with AVX512-BF16.  On other processors, and where activation and dropout are
+fused into the product, ours runs.  The classes below are measured ones (docs/performance.md).
 
 On a GPU cuBLASLt does plain products and large ones; activation and dropout then follow in one more
 kernel.  Where the launches and the passes over memory cost more than the arithmetic, one kernel of
@@ -26,16 +26,25 @@ CHOICE = os.environ.get("JACOBIAN_OPS_GEMM", "auto")
 if CHOICE not in CHOICES:
     raise ImportError(f"JACOBIAN_OPS_GEMM: allowed {', '.join(CHOICES)}, got {CHOICE!r}")
 
-_MEASURED = (
-    _cpu.processor() == "intel"
-    and "amx" in _cpu.available_isas()
-    and torch.backends.mkl.is_available()
-    and torch.backends.mkldnn.is_available()
-)
+
+def _library() -> str | None:
+    """The kind of processor on which torch's library was seen to be ahead in some shapes."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return None
+    if _cpu.processor() == "intel" and "amx" in _cpu.available_isas():
+        return "amx"
+    if _cpu.processor() == "amd" and "avx512bf16" in _cpu.available_isas():
+        return "avx512bf16"
+    return None
+
+
+_LIBRARY = _library()
 _WIDE = (torch.float32, torch.float64)
 # In 16 bits ours is ahead up to this size, oneDNN's kernels beyond it and for a thin matrix.
 _SMALL = {torch.bfloat16: 1024, torch.float16: 256}
 _THIN = 64
+# Rows up to which ours reads weights in place.
+_IN_PLACE = 16
 # Rows from which two products of 16 bits are joined into one.
 _JOINED = 1024
 
@@ -49,13 +58,18 @@ def _ours_in_16_bits(dtype: torch.dtype, *sizes: int) -> bool:
 _FEW_ROWS = 128
 
 
+def _long_in_bf16(x: Tensor) -> bool:
+    """Where oneDNN is not behind without AMX."""
+    return x.dtype is torch.bfloat16 and x.shape[0] > _IN_PLACE
+
+
 def _torch_serves(*matrices: Tensor | None) -> bool:
     """Whether torch's product takes these matrices at all, and may be chosen."""
     if CHOICE == "own":
         return False
     if _backend.on_device(matrices[0]):
         return all(a is None or (a.numel() > 0 and not a.is_neg()) for a in matrices)
-    if CHOICE == "auto" and not _MEASURED:
+    if CHOICE == "auto" and _LIBRARY is None:
         return False
     return all(
         a is None or (a.dim() == 2 and a.numel() > 0 and a.is_cpu and not a.is_neg())
@@ -85,6 +99,8 @@ def torch_is_faster(x: Tensor, weight: Tensor, *tangents: Tensor | None) -> bool
     if _always(x):
         return True
     (m, k), n = x.shape, weight.shape[0]
+    if _LIBRARY == "avx512bf16":
+        return _long_in_bf16(x)
     if x.dtype is torch.float32:
         return not (k <= 256 and m >= 4096 or 2 <= m <= 16 and k >= 1024)
     if x.dtype is torch.float64:
@@ -96,7 +112,11 @@ def torch_is_faster_for_gx(gy: Tensor, weight: Tensor) -> bool:
     """For ``gy W``."""
     if not _torch_serves(gy, weight):
         return False
-    if _always(gy) or gy.dtype in _WIDE:
+    if _always(gy):
+        return True
+    if _LIBRARY == "avx512bf16":
+        return _long_in_bf16(gy)
+    if gy.dtype in _WIDE:
         return True
     (m, n), k = gy.shape, weight.shape[1]
     return not _ours_in_16_bits(gy.dtype, m, n, k)
@@ -108,6 +128,8 @@ def torch_is_faster_for_gweight(gy: Tensor, x: Tensor) -> bool:
         return False
     if _always(gy):
         return True
+    if _LIBRARY == "avx512bf16":
+        return _long_in_bf16(gy)
     (m, n), k = gy.shape, x.shape[1]
     if gy.dtype in _WIDE:
         return not (m <= 128 and n * k >= 1 << 23)
@@ -150,8 +172,11 @@ def _affine(x: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
 def torch_is_faster_for_tangents(x: Tensor, weight: Tensor, *tangents: Tensor | None) -> bool:
     """For the two or three products of a JVP, as :func:`dual` takes them."""
     joined = x.dtype not in _WIDE and all(t is not None for t in tangents)
-    if joined and CHOICE == "auto" and x.is_cpu and x.shape[0] < _JOINED:
-        return False  # joining the weights costs more than it saves
+    if CHOICE == "auto" and not _backend.on_device(x):
+        if _LIBRARY == "avx512bf16":
+            return False  # ours packs x and W once for all products
+        if joined and x.shape[0] < _JOINED:
+            return False  # joining the weights costs more than it saves
     return torch_is_faster(x, weight, *tangents)
 
 
