@@ -130,8 +130,15 @@ T* dynamic_shared() {
   return static_cast<T*>(cuda_on_host::dynamic_shared());
 }
 
-inline uint4 load16(const void* global) { return *static_cast<const uint4*>(global); }
-inline void store16(void* global, uint4 v) { *static_cast<uint4*>(global) = v; }
+// One access each: the fields of a struct would be read one by one, of any alignment.
+typedef unsigned Words16 __attribute__((vector_size(16), may_alias));
+inline uint4 load16(const void* global) {
+  const Words16 v = *static_cast<const Words16*>(global);
+  return {v[0], v[1], v[2], v[3]};
+}
+inline void store16(void* global, uint4 v) {
+  *static_cast<Words16*>(global) = Words16{v.x, v.y, v.z, v.w};
+}
 
 inline void opaque(std::uint32_t&) {}
 

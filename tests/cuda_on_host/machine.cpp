@@ -289,9 +289,9 @@ void meet(void (*finish)(unsigned, void* const*), unsigned mask, void* data, Sit
   step(m, site);
   if (!(mask & lane)) fail(site, "gives mask 0x%08x, which does not name itself", mask);
   if (const unsigned absent = mask & ~warp.alive) {
-    const int id = me.warp * kLanes + __builtin_ctz(absent);
-    fail(site, "gives mask 0x%08x, which names %s, which %s", mask, thread_name(id),
-         id < m.thread_count ? "has exited" : "does not exist");
+    const int other = __builtin_ctz(absent);
+    fail(site, "gives mask 0x%08x, which names lane %d, which %s", mask, other,
+         me.warp * kLanes + other < m.thread_count ? "has exited" : "does not exist");
   }
   Group* g = warp.group;
   Group* const end = g + warp.groups;

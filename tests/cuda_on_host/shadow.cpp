@@ -27,6 +27,8 @@ const char* name(const Object& object) {
   static __thread char text[128];
   const char* begin = std::strstr(object.signature, "T = ");
   begin = begin ? begin + 4 : object.signature;
+  constexpr char kOuter[] = "jops::cuda::";
+  if (!std::strncmp(begin, kOuter, sizeof(kOuter) - 1)) begin += sizeof(kOuter) - 1;
   std::snprintf(text, sizeof(text), "%.*s", static_cast<int>(std::strcspn(begin, ";]")), begin);
   return text;
 }
