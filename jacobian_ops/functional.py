@@ -60,13 +60,31 @@ __all__ = [
 # Plain calls on fewer elements than this go to the native op, whose shorter way through C++ then
 # counts for more than the kernel.  0: never.
 NATIVE_BELOW = int(os.environ.get("JACOBIAN_OPS_NATIVE_BELOW", "32768"))
+# Where that size is a multiple of it: without a graph, and with one, whose way through Python is
+# longer.  Measured (docs/performance.md): what is cheap to compute runs at the speed of the caches
+# either way, and ours is ahead only in what leaves them.
+_CHEAP = (128, 128)
+_TIMES = {
+    "relu": _CHEAP,
+    "leaky_relu": _CHEAP,
+    "hardtanh": _CHEAP,
+    "relu6": _CHEAP,
+    "hardswish": _CHEAP,
+    "hardsigmoid": _CHEAP,
+    "sigmoid": (8, 128),
+    "gelu": (64, 4),
+    "silu": (4, 1),
+    "softmax": (4, 16),
+    "log_softmax": (4, 16),
+    "softmin": (4, 16),
+}
 # Native ops that cannot stand in for ours where a graph is recorded: their backward has no
 # derivative, or none in forward mode.
 _NOT_RECORDED = ("hardsigmoid", "mish", "silu")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def _tiny(t: Tensor) -> bool:
+def _tiny(t: Tensor, op: str = "") -> bool:
     """Whether the native op should take ``t``: few elements, and no transform around them.
 
     What the native op refuses is said better by the way of the others, so callers go on then.
@@ -74,7 +92,7 @@ def _tiny(t: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(t) in _PLAIN_TYPES
-        and t.numel() < NATIVE_BELOW
+        and t.numel() < NATIVE_BELOW * _times(op, t)
         and t.dtype in _backend.DTYPES
         and _C._dispatch_keys(t) == CPU_KEYS
         and forward_ad._current_level < 0  # a dual number looks like any other
@@ -83,6 +101,11 @@ def _tiny(t: Tensor) -> bool:
         and not _C._len_torch_dispatch_stack()
         and _C._get_tracing_state() is None
     )
+
+
+def _times(op: str, t: Tensor) -> int:
+    times = _TIMES.get(op)
+    return 1 if times is None else times[t.requires_grad and torch.is_grad_enabled()]
 
 
 def _ours(op: str, input: Tensor) -> bool:
@@ -110,7 +133,7 @@ def _native(op: str, native, input: Tensor, *args, **kwargs):
 def _pointwise(public, native, input, inplace=False, **params):
     """The common way of all activations; ``params`` are those of torch.nn.functional."""
     op = public.__name__
-    if _tiny(input) and not (
+    if _tiny(input, op) and not (
         op in _NOT_RECORDED and input.requires_grad and torch.is_grad_enabled()
     ):
         if inplace:  # never tried twice: an error may come after the write
@@ -209,7 +232,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     Raises:
         RuntimeError: ``approximate`` is neither "none" nor "tanh".
     """
-    if _tiny(input):
+    if _tiny(input, "gelu" if approximate == "none" else ""):
         try:
             return F.gelu(input, approximate=approximate)
         except (RuntimeError, TypeError):
@@ -308,7 +331,7 @@ def _as_vector(run, input: Tensor) -> Tensor:
 
 def _along_dim(public, native, input, dim, _stacklevel, dtype):
     op = public.__name__
-    if dim is not None and dtype is None and _tiny(input):
+    if dim is not None and dtype is None and _tiny(input, op):
         try:
             return native(input, dim)
         except (RuntimeError, TypeError, IndexError):

@@ -225,9 +225,11 @@ def test_channels_last_training():
 def test_native_below(monkeypatch):
     """Tiny plain calls take the native op; transforms and larger ones are ours."""
     monkeypatch.setattr(J, "NATIVE_BELOW", 100)
-    small, large = torch.randn(9, requires_grad=True), torch.randn(100, requires_grad=True)
-    assert "Gelu" in type(J.gelu(small).grad_fn).__name__
-    assert type(J.gelu(large).grad_fn).__name__ == "ActivationBackward"
+    small = torch.randn(9, requires_grad=True)
+    for f, crossing in ((J.tanh, 100), (J.gelu, 400), (J.relu, 12800)):
+        below, above = (torch.randn(n, requires_grad=True) for n in (crossing - 1, crossing))
+        assert type(f(below).grad_fn).__name__ != "ActivationBackward"
+        assert type(f(above).grad_fn).__name__ == "ActivationBackward"
     y, ty = jvp(J.silu, (small.detach(),), (small.detach(),))
     close(ty, torch.func.jvp(F.silu, (small.detach(),), (small.detach(),))[1])
     with torch.autograd.forward_ad.dual_level():  # the native op raises here
