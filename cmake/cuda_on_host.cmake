@@ -23,16 +23,15 @@ if(JACOBIAN_OPS_CUDA_ON_HOST STREQUAL "sanitize")
     -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(cuda_on_host_flags INTERFACE -fsanitize=address,undefined)
 elseif(JACOBIAN_OPS_CUDA_ON_HOST STREQUAL "checked")
-  target_compile_definitions(cuda_on_host_flags INTERFACE CUDA_ON_HOST_CHECKED=1)
-  set(machine_checks ${shim}/hooks.cpp)
-  # Calls at every access of kernels, which hooks.cpp answers: ThreadSanitizer itself is not linked. Vectors would join
+  target_compile_definitions(cuda_on_host_flags INTERFACE CUDA_ON_HOST_CHECKED)
+  set(machine_checks ${shim}/shadow.cpp)
+  # Calls at every access of kernels, which shadow.cpp answers: ThreadSanitizer itself is not linked. Vectors would join
   # the accesses of different iterations.
   set(kernel_checks -fsanitize=thread --param tsan-instrument-func-entry-exit=0 -fno-tree-vectorize)
 endif()
 
 # Compiled apart from the kernels, as its own accesses are not theirs.
-add_library(cuda_on_host STATIC
-  ${shim}/fiber.cpp ${shim}/machine.cpp ${shim}/shadow.cpp ${machine_checks})
+add_library(cuda_on_host STATIC ${shim}/fiber.cpp ${shim}/machine.cpp ${machine_checks})
 target_link_libraries(cuda_on_host PUBLIC cuda_on_host_flags ${CMAKE_DL_LIBS})
 
 # A Python module of the .cu files `kernels` and of other sources.
@@ -49,7 +48,8 @@ function(add_cuda_on_host_module name kernels)
   target_compile_options(${name}_kernels PRIVATE ${kernel_checks})
   target_link_libraries(${name}_kernels PRIVATE cuda_on_host_flags)
   pybind11_add_module(${name} NO_EXTRAS ${ARGN} ${shim}/facts.cpp $<TARGET_OBJECTS:${name}_kernels>)
-  target_compile_definitions(${name} PRIVATE JOPS_MODULE=${name} JOPS_VERSION="${PROJECT_VERSION}")
+  target_compile_definitions(${name} PRIVATE JOPS_MODULE=${name} JOPS_VERSION="${PROJECT_VERSION}"
+    CUDA_ON_HOST_VARIANT="${JACOBIAN_OPS_CUDA_ON_HOST}")
   target_link_libraries(${name} PRIVATE cuda_on_host)
 endfunction()
 

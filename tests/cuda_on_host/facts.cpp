@@ -8,7 +8,6 @@
 
 #include "backend.h"
 #include "module.h"
-#include "shadow.h"
 
 namespace cuda_on_host {
 namespace {
@@ -46,11 +45,7 @@ void record(const std::string& kernel, std::uint64_t read, std::uint64_t written
 
 // What tests ask of the modules built here, for the project's kernels and for broken ones.
 void add_functions(pybind11::module_& m) {
-#if defined(__SANITIZE_ADDRESS__)
-  m.attr("variant") = "sanitize";
-#else
-  m.attr("variant") = kChecked ? "checked" : "plain";
-#endif
+  m.attr("variant") = CUDA_ON_HOST_VARIANT;
   m.def("set_seed", set_seed, "Set the seed of the order in which threads and blocks run.");
   m.def(
       "reset_counters",

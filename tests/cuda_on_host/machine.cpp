@@ -56,6 +56,10 @@ void unpoison([[maybe_unused]] const void* p, [[maybe_unused]] std::size_t bytes
 #endif
 }
 
+bool same(const Site& a, const Site& b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
 std::uint64_t scramble(std::uint64_t z) {  // splitmix64's
   z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
   z = (z ^ z >> 27) * 0x94d049bb133111ebu;
@@ -95,6 +99,7 @@ void become(Machine& m, Thread& t) {
   const unsigned x = place.block_dim.x, y = place.block_dim.y;
   place.thread = {t.id % x, t.id / x % y, t.id / (x * y)};
   t.started = true;
+  m.shadow.enter(t);
 }
 
 void entry();
@@ -302,7 +307,7 @@ void meet(void (*finish)(unsigned, void* const*), unsigned mask, void* data, Sit
     g->mask = mask;
     g->arrived = 0;
     g->site = site;
-  } else if (g->site.line != site.line || std::strcmp(g->site.file, site.file) != 0) {
+  } else if (!same(g->site, site)) {
     fail(site, "comes to a warp operation with mask 0x%08x, while %s waits at another, at line %d",
          mask, thread_name(me.warp * kLanes + __builtin_ctz(g->arrived)), g->site.line);
   }
@@ -338,15 +343,7 @@ const char* thread_name(int id) {
   return name;
 }
 
-const Object* object_at(const Machine& m, std::size_t offset, std::size_t bytes) {
-  for (int i = 0; i < m.object_count; ++i) {
-    const Object& o = m.objects[i];
-    if (offset >= o.begin && offset + bytes <= o.begin + o.bytes) return &o;
-  }
-  return nullptr;
-}
-
-void fail(Site site, const char* format, ...) {
+void fail(const Site& site, const char* format, ...) {
   Machine& m = *running;
   std::va_list arguments;
   va_start(arguments, format);
@@ -446,16 +443,18 @@ void barrier(Site site) {
   for (int w = 0; w * kLanes < m.thread_count; ++w) make_ready(m, w, m.warps[w].alive);
   // The last to come must wait for its turn like the others: who goes on first is drawn.
   wait(m, site);
+  m.shadow.enter(me);
 }
 
 void sync_warp(unsigned mask, Site site) {
-  const int warp = running->current->warp;
-  int w = warp;
+  Thread& me = *running->current;
   meet(
       [](unsigned mask, void* const* data) {
-        running->shadow.order_warp(*static_cast<int*>(data[__builtin_ctz(mask)]), mask);
+        const auto* one = static_cast<const Thread*>(data[__builtin_ctz(mask)]);
+        running->shadow.order_warp(one->warp, mask);
       },
-      mask, &w, site);
+      mask, &me, site);
+  running->shadow.enter(me);
 }
 
 unsigned ballot(unsigned mask, bool predicate, Site site) {
@@ -642,7 +641,7 @@ void wait_for_copies(int pending, Site site) {
     } else {
       std::memset(copy.to, 0, 16);
     }
-    m.shadow.end_copy(m, copy.to - m.arena, 16);
+    m.shadow.end_copy(copy.to - m.arena, 16);
   }
   me.copy_count = kept;
 }

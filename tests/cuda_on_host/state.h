@@ -104,16 +104,22 @@ struct Machine {
 extern __thread Machine* running __attribute__((tls_model("initial-exec")));
 
 // Ends the kernel with an error of the current thread. Must run on a fiber.
-[[noreturn]] void fail(Site, const char* format, ...) __attribute__((format(printf, 2, 3)));
+[[noreturn]] void fail(const Site&, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 // "thread (3, 0, 0)", in a buffer that lasts for a few calls.
 const char* thread_name(int id);
 
 // The object that all of the bytes lie in, or null.
-const Object* object_at(const Machine&, std::size_t offset, std::size_t bytes);
+inline const Object* object_at(const Machine& m, std::size_t offset, std::size_t bytes) {
+  for (int i = 0; i < m.object_count; ++i) {
+    const Object& o = m.objects[i];
+    if (offset >= o.begin && offset + bytes <= o.begin + o.bytes) return &o;
+  }
+  return nullptr;
+}
 
 // Counts a step of the block, and fails where there are so many that it hangs.
-inline void step(Machine& m, Site site) {
+inline void step(Machine& m, const Site& site) {
   if (__builtin_expect(++m.steps > kMaxSteps, false)) {
     fail(site, "still runs after %ld steps of its block", static_cast<long>(kMaxSteps));
   }
