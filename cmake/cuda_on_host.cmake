@@ -1,6 +1,6 @@
 # The CUDA sources compiled by the host compiler, for tests: tests/cuda_on_host/README.md. The module _cuda_on_host
-# has the interface of _cuda; _broken has kernels with planted mistakes. JACOBIAN_OPS_CUDA_ON_HOST says which variant:
-# plain, checked or sanitize.
+# has the interface of _cuda; _broken has kernels with planted mistakes, and _words tests the words of device code one
+# by one. JACOBIAN_OPS_CUDA_ON_HOST says which variant: plain, checked or sanitize.
 set(variants plain checked sanitize)
 if(NOT JACOBIAN_OPS_CUDA_ON_HOST IN_LIST variants)
   message(FATAL_ERROR "JACOBIAN_OPS_CUDA_ON_HOST: allowed ${variants}, got ${JACOBIAN_OPS_CUDA_ON_HOST}")
@@ -59,3 +59,4 @@ add_cuda_on_host_module(_cuda_on_host "${cuda_kernels}"
   csrc/bindings.cpp csrc/checked.cpp csrc/names.cpp ${shim}/backend.cpp)
 endif()
 add_cuda_on_host_module(_broken ${shim}/broken.cu ${shim}/broken.cpp)
+add_cuda_on_host_module(_words ${shim}/words.cu ${shim}/words.cpp)
