@@ -1,0 +1,105 @@
+// The products of an elementwise activation f: what each reads, and what it writes given the jet
+// of f at in[0], which is x. A dropout multiplier scales all outputs.
+#pragma once
+
+#include "../kernels.h"
+#include "activations.h"
+
+namespace jops::JOPS_ISA {
+
+template <int kOrder, class V>
+JOPS_HD V derivative(const Jet<V>& j) {
+  return kOrder == 1 ? j.d1 : kOrder == 2 ? j.d2 : j.d3;
+}
+
+struct Value {  // x -> y
+  static constexpr int kIn = 1, kOut = 1;
+  template <class F, class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V*, V* out) {
+    out[0] = j.f;
+  }
+};
+
+template <int kOrder>
+struct Vjp {  // x, gy -> gx
+  static constexpr int kIn = 2, kOut = 1;
+  template <class F, class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = times<F>(derivative<kOrder>(j), in[1]);
+  }
+};
+
+struct Jvp {  // x, tx -> y, ty
+  static constexpr int kIn = 2, kOut = 2;
+  template <class F, class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = j.f;
+    out[1] = times<F>(j.d1, in[1]);
+  }
+};
+
+template <int kOrder>
+struct VjpVjp {  // x, gy, h -> hx, hgy
+  static constexpr int kIn = 3, kOut = 2;
+  template <class F, class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = times<F>(derivative<kOrder + 1>(j), in[1] * in[2]);
+    out[1] = times<F>(derivative<kOrder>(j), in[2]);
+  }
+};
+
+template <int kOrder, bool kTgy>
+struct VjpJvp {  // x, gy, tx[, tgy] -> gx, tgx
+  static constexpr int kIn = kTgy ? 4 : 3, kOut = 2;
+  template <class F, class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = times<F>(derivative<kOrder>(j), in[1]);
+    out[1] = times<F>(derivative<kOrder + 1>(j), in[1] * in[2]);
+    if constexpr (kTgy) out[1] += times<F>(derivative<kOrder>(j), in[3]);
+  }
+};
+
+// Calls f(F()) with the activation's struct.
+template <class Result, class Callback>
+JOPS_HD Result with_activation(Activation code, const Callback& f) {
+  switch (code) {
+    case Activation::kRelu:
+      return f(Relu());
+    case Activation::kLeakyRelu:
+      return f(LeakyRelu());
+    case Activation::kElu:
+      return f(Elu());
+    case Activation::kHardtanh:
+      return f(Hardtanh());
+    case Activation::kSigmoid:
+      return f(Sigmoid());
+    case Activation::kTanh:
+      return f(Tanh());
+    case Activation::kGelu:
+      return f(Gelu());
+    case Activation::kGeluTanh:
+      return f(GeluTanh());
+    case Activation::kSilu:
+      return f(Silu());
+    case Activation::kSoftplus:
+      return f(Softplus());
+    case Activation::kMish:
+      return f(Mish());
+    case Activation::kHardswish:
+      return f(Hardswish());
+    case Activation::kHardsigmoid:
+      return f(Hardsigmoid());
+    case Activation::kLogsigmoid:
+      return f(Logsigmoid());
+    case Activation::kSigmoidY:
+      return f(SigmoidY());
+    case Activation::kTanhY:
+      return f(TanhY());
+    case Activation::kIdentity:
+    case Activation::kCount:
+      break;
+  }
+  return f(Identity());
+}
+
+}  // namespace jops::JOPS_ISA
