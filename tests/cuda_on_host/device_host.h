@@ -150,7 +150,7 @@ inline Compute<T> widen(T v) {
     std::memcpy(&wide, &bits, sizeof(wide));
     return wide;
   } else if constexpr (std::is_same_v<T, F16>) {
-    _Float16 half;
+    cuda_on_host::Float16 half;
     std::memcpy(&half, &v, sizeof(half));
     return static_cast<float>(half);
   } else {
@@ -166,7 +166,7 @@ inline T narrow(Compute<T> v) {
     if (v != v) return {static_cast<std::uint16_t>(bits >> 16 | 0x40)};
     return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
   } else if constexpr (std::is_same_v<T, F16>) {
-    const auto half = static_cast<_Float16>(v);
+    const auto half = static_cast<cuda_on_host::Float16>(v);
     F16 n;
     std::memcpy(&n, &half, sizeof(n));
     return n;

@@ -561,7 +561,7 @@ float number(std::uint32_t pair, int high) {
     std::memcpy(&v, &wide, sizeof(v));
     return v;
   } else {
-    _Float16 v;
+    Float16 v;
     std::memcpy(&v, &bits, sizeof(v));
     return static_cast<float>(v);
   }

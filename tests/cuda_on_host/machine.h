@@ -18,6 +18,12 @@ struct dim3 {
 
 namespace cuda_on_host {
 
+#if defined(__aarch64__)
+using Float16 = __fp16;
+#else
+using Float16 = _Float16;
+#endif
+
 // Where in a kernel: a line that the compiler told, or an address that addr2line will.
 struct Site {
   const char* file;
