@@ -364,7 +364,6 @@ void run(const std::string& kernel, dim3 grid, dim3 block, std::size_t dynamic_b
   if (blocks == 0) return;
   check_limits(kernel, grid, block, dynamic_bytes);
   Machine& m = machine();
-  m.kernel = &kernel;
   m.body = body;
   m.parameters = given;
   m.thread_count = static_cast<int>(block.x * block.y * block.z);
@@ -433,7 +432,7 @@ void barrier(Site site) {
   if (m.at_barrier == 0) {
     m.barrier_site = site;
     m.barrier_first = me.id;
-  } else if (m.barrier_site.line != site.line || std::strcmp(m.barrier_site.file, site.file) != 0) {
+  } else if (!same(m.barrier_site, site)) {
     fail(site, "comes to a barrier while %s waits at another, at line %d: they diverged",
          thread_name(m.barrier_first), m.barrier_site.line);
   }
@@ -518,11 +517,10 @@ std::uint64_t shuffle(Move move, unsigned mask, std::uint64_t value, int operand
 
 namespace {
 
-void check_shared_row(Machine& m, Access kind, const void* row, Site site) {
+void check_shared_row(const Machine& m, const void* row, Site site) {
   const auto offset = static_cast<std::size_t>(static_cast<const char*>(row) - m.arena);
   if (!object_at(m, offset, 16)) fail(site, "gives an address outside of shared memory");
   if (offset % 16 != 0) fail(site, "gives an address of shared memory that is no multiple of 16");
-  if (kind == Access::kRead) m.shadow.access(m, kind, offset, 16, site);
 }
 
 struct MatrixRow {
@@ -592,7 +590,9 @@ void finish_product(unsigned, void* const* data) {
 }  // namespace
 
 void load_matrices(std::uint32_t* r, const void* shared_row, bool transposed, Site site) {
-  check_shared_row(*running, Access::kRead, shared_row, site);
+  Machine& m = *running;
+  check_shared_row(m, shared_row, site);
+  m.shadow.access(m, Access::kRead, static_cast<const char*>(shared_row) - m.arena, 16, site);
   MatrixRow row{shared_row, r};
   meet(transposed ? finish_matrices<true> : finish_matrices<false>, ~0u, &row, site);
 }
@@ -608,7 +608,7 @@ void multiply_tiles(Half half, float* c, const std::uint32_t* a, const std::uint
 void copy_async(void* shared_to, const void* global_from, bool valid, Site site) {
   Machine& m = *running;
   step(m, site);
-  check_shared_row(m, Access::kWrite, shared_to, site);
+  check_shared_row(m, shared_to, site);
   if (valid && reinterpret_cast<std::uintptr_t>(global_from) % 16 != 0) {
     fail(site, "copies from an address that is no multiple of 16");
   }

@@ -19,7 +19,7 @@ constexpr std::size_t kStaticBytes = 48 << 10, kSharedBytes = 64 << 10;
 constexpr std::size_t kGap = 1 << 10, kMargin = 64 << 10;
 constexpr std::size_t kArenaBytes = kMargin + (128 << 10) + kMargin;
 constexpr int kMaxObjects = 16, kMaxCopies = 64;           // copies: of one thread
-constexpr std::int64_t kMaxSteps = std::int64_t{1} << 27;  // of a block
+constexpr std::int64_t kMaxSteps = std::int64_t{1} << 28;  // of a block
 
 // An asynchronous copy of 16 bytes that was asked for.
 struct Copy {
@@ -73,7 +73,6 @@ struct Machine {
   Shadow shadow;
 
   // The launch.
-  const std::string* kernel;
   void (*body)(const void*);
   const void* parameters;
   int thread_count;
