@@ -5,6 +5,9 @@ VENV ?= .venv
 # A requirement for pip, such as torch==2.14.1.  Empty: keep the torch that is there, or install
 # the CPU build that scripts/environment.py names.
 TORCH ?=
+# 1: build the CUDA kernels too, for the GPUs in JACOBIAN_OPS_CUDA_ARCHS.
+CUDA ?= 0
+export JACOBIAN_OPS_CUDA = $(CUDA)
 # Worker processes of pytest, and options for it (-k softmax, -x).
 WORKERS ?= 2
 PYTEST_FLAGS ?=
@@ -17,13 +20,14 @@ PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.environment
 BUILT := $(VENV)/.built
 NATIVE := CMakeLists.txt setup.py $(shell find csrc cmake -type f 2>/dev/null)
-CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'examples/*.cpp')
+CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu*' 'examples/*.cpp' \
+  'tests/cuda_on_host/*.h' 'tests/cuda_on_host/*.cpp' 'tests/cuda_on_host/*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
+.PHONY: help build demo test test-cuda-on-host sanitize-cuda-on-host bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
 
 help:  ## list the targets
-	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.14.1] [VENV=.venv]"
+	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.14.1] [VENV=.venv] [CUDA=1]"
 	@grep -hE '^[a-z0-9-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(ENVIRONMENT): pyproject.toml scripts/environment.py $(if $(TORCH),FORCE)
@@ -31,7 +35,7 @@ $(ENVIRONMENT): pyproject.toml scripts/environment.py $(if $(TORCH),FORCE)
 	@touch $@
 
 # An editable install: Python sources are used in place, the native module is rebuilt in build/.
-$(BUILT): $(ENVIRONMENT) $(NATIVE)
+$(BUILT): $(ENVIRONMENT) $(NATIVE) $(if $(filter 1,$(CUDA)),FORCE)
 	@echo "Building: the kernels are compiled once for each instruction set (a minute or two)."
 	PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONWARNINGS=ignore \
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
@@ -54,6 +58,28 @@ test: $(BUILT)  ## run the tests, with and without what is left to torch
 	JACOBIAN_OPS_NATIVE_BELOW=32768 JACOBIAN_OPS_GEMM=auto \
 	$(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
 	exit $$status
+
+# The CUDA kernels without a GPU: compiled for the host, a fiber for every thread
+# (tests/cuda_on_host/README.md), and sent every CPU tensor of the suite.
+build/cuda_on_host-%: $(BUILT) FORCE
+	PATH="$(abspath $(VENV))/bin:$$PATH" && \
+	cmake -S . -B $@ -G Ninja -DCMAKE_BUILD_TYPE=None -DJACOBIAN_OPS_PYTHON=ON \
+	  -DJACOBIAN_OPS_TOOLS=OFF -DJACOBIAN_OPS_CUDA=OFF -DJACOBIAN_OPS_CUDA_ON_HOST=$* \
+	  -DPython_EXECUTABLE="$(abspath $(PY))" -Dpybind11_DIR="$$(pybind11-config --cmakedir)" && \
+	cmake --build $@ --target _cuda_on_host _broken _words
+
+test-cuda-on-host: build/cuda_on_host-checked  ## run the tests on the CUDA kernels, without a GPU
+	JACOBIAN_OPS_TEST_BACKEND="$$(echo $(abspath $<)/_cuda_on_host*.so)" $(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+
+# With the address and undefined-behaviour sanitizers, which must be loaded first; without the
+# compiler's own threads and large sizes.
+SANITIZERS = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
+sanitize-cuda-on-host: build/cuda_on_host-sanitize  ## the same with sanitizers, small sizes
+	JACOBIAN_OPS_TEST_BACKEND="$$(echo $(abspath $<)/_cuda_on_host*.so)" \
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	$(PY) -m pytest -n $(WORKERS) -m "not compiles" $(PYTEST_FLAGS) tests/test_kernels.py \
+	  tests/test_accuracy.py tests/test_layouts.py tests/test_dropout.py tests/test_gradients.py \
+	  tests/cuda_on_host
 
 bench: $(BUILT)  ## measure against native autograd (python -m bench has the options)
 	$(PY) -m bench $(BENCH_FLAGS)

@@ -1,4 +1,8 @@
-"""Builds the native module by calling CMake, whose files are the one description of the build."""
+"""Builds the native modules by calling CMake, whose files are the one description of the build.
+
+JACOBIAN_OPS_CUDA=1 or 0 says whether the CUDA kernels are built, by default where CMake finds a
+toolkit; JACOBIAN_OPS_CUDA_ARCHS for which GPUs, as "80;90".
+"""
 
 import os
 import subprocess
@@ -28,16 +32,23 @@ class CMakeBuild(build_ext):
             "-DJACOBIAN_OPS_TOOLS=OFF",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DJACOBIAN_OPS_CUDA={os.environ.get('JACOBIAN_OPS_CUDA') or 'AUTO'}",
             # Build isolation gives a new ninja each time: look for it again.
             "-UCMAKE_MAKE_PROGRAM",
         ]
+        archs = os.environ.get("JACOBIAN_OPS_CUDA_ARCHS")
+        if archs:
+            configure.append(f"-DJACOBIAN_OPS_CUDA_ARCHS={archs}")
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS")
-        command = ["cmake", "--build", str(build), "--target", "_cpu"]
+        command = ["cmake", "--build", str(build)]
         subprocess.run([*command, "-j", jobs] if jobs else command, check=True)
-        built = build / target.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(built), str(target))
+        self.copy_file(str(build / target.name), str(target))
+        cuda = target.name.replace("_cpu", "_cuda")
+        (target.parent / cuda).unlink(missing_ok=True)
+        if (build / cuda).exists() and os.environ.get("JACOBIAN_OPS_CUDA") != "0":
+            self.copy_file(str(build / cuda), str(target.parent / cuda))
 
 
 setup(ext_modules=[Extension("jacobian_ops._cpu", [])], cmdclass={"build_ext": CMakeBuild})

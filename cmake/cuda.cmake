@@ -25,16 +25,22 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
-add_library(jops_cuda OBJECT ${cuda_sources})
+add_library(jops_cuda OBJECT ${cuda_sources} csrc/cuda/module/runtime.cu)
 target_include_directories(jops_cuda PRIVATE csrc)
 target_compile_definitions(jops_cuda PRIVATE JOPS_ISA=cuda)
-target_compile_options(jops_cuda PRIVATE -O3 --expt-relaxed-constexpr --extended-lambda
+# Divisions to 2 ulp, as on the CPU: the exact one calls a routine for denormal numbers. A spill is an error. The math
+# headers' pragmas are GCC's.
+target_compile_options(jops_cuda PRIVATE -O3 -prec-div=false --diag-suppress=1675
   -Xptxas --warn-on-spills,--warn-on-local-memory-usage)
 
 pybind11_add_module(_cuda NO_EXTRAS csrc/bindings.cpp csrc/checked.cpp csrc/names.cpp
-  $<TARGET_OBJECTS:jops_cuda>)
+  csrc/cuda/module/facts.cpp $<TARGET_OBJECTS:jops_cuda>)
+string(REPLACE ";" "," archs_text "${JACOBIAN_OPS_CUDA_ARCHS}")
 target_include_directories(_cuda PRIVATE csrc)
-target_compile_definitions(_cuda PRIVATE JOPS_MODULE=_cuda JOPS_VERSION="${PROJECT_VERSION}")
+target_compile_definitions(_cuda PRIVATE
+  JOPS_MODULE=_cuda JOPS_VERSION="${PROJECT_VERSION}" JOPS_CUDA_ARCHS="${archs_text}")
+target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
 target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)

@@ -6,9 +6,9 @@
 namespace jops::JOPS_ISA {
 
 void register_activation(Kernels& table);
-void register_dropout(Kernels& table);
-void register_softmax(Kernels& table);
-void register_linear(Kernels& table);
 void register_columns(Kernels& table);
+void register_dropout(Kernels& table);
+void register_linear(Kernels& table);
+void register_softmax(Kernels& table);
 
 }  // namespace jops::JOPS_ISA

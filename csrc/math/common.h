@@ -73,8 +73,22 @@ JOPS_HD float round_even(float a) { return ::rintf(a); }
 JOPS_HD double round_even(double a) { return ::rint(a); }
 JOPS_HD float log(float a) { return ::logf(a); }
 JOPS_HD double log(double a) { return ::log(a); }
-// a * 2^n for an integral n.
-JOPS_HD float scale2(float a, float n) { return ::ldexpf(a, static_cast<int>(n)); }
-JOPS_HD double scale2(double a, double n) { return ::ldexp(a, static_cast<int>(n)); }
+// 2^n for n in the normal exponent range.
+template <class T>
+JOPS_HD T power2(int n) {
+  constexpr int kMantissa = std::numeric_limits<T>::digits - 1;
+  constexpr int kBias = std::numeric_limits<T>::max_exponent - 1;
+  const IntOf<T> bits = static_cast<IntOf<T>>(n + kBias) << kMantissa;
+  T power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return power;
+}
+// a * 2^n for an integral n, up to twice the exponent range: in two exact steps, but for the last
+// rounding.
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T>>>
+JOPS_HD T scale2(T a, T n) {
+  const int whole = static_cast<int>(n), half = whole / 2;
+  return a * power2<T>(half) * power2<T>(whole - half);
+}
 
 }  // namespace jops::JOPS_ISA

@@ -1,0 +1,20 @@
+// The kernels of this backend, behind their checks.
+#include "../checked.h"
+#include "families.h"
+
+namespace jops {
+
+const Kernels& kernels() {
+  static const Kernels table = [] {
+    Kernels all{};
+    JOPS_ISA::register_activation(all);
+    JOPS_ISA::register_columns(all);
+    JOPS_ISA::register_dropout(all);
+    JOPS_ISA::register_linear(all);
+    JOPS_ISA::register_softmax(all);
+    return checked(all);
+  }();
+  return table;
+}
+
+}  // namespace jops
