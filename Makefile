@@ -24,7 +24,7 @@ CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu*' 'example
   'tests/cuda_on_host/*.h' 'tests/cuda_on_host/*.cpp' 'tests/cuda_on_host/*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-cuda-on-host sanitize-cuda-on-host bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
+.PHONY: help build demo test test-cuda-on-host sanitize-cuda-on-host cuda-gate bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.14.1] [VENV=.venv] [CUDA=1]"
@@ -80,6 +80,20 @@ sanitize-cuda-on-host: build/cuda_on_host-sanitize  ## the same with sanitizers,
 	$(PY) -m pytest -n $(WORKERS) -m "not compiles" $(PYTEST_FLAGS) tests/test_kernels.py \
 	  tests/test_accuracy.py tests/test_layouts.py tests/test_dropout.py tests/test_gradients.py \
 	  tests/cuda_on_host
+
+# For these GPUs, or ARCHS=all.
+ARCHS ?= 80 90 120
+empty :=
+space := $(empty) $(empty)
+cuda-gate: build/cuda_on_host-checked  ## compile the CUDA kernels and check what nvcc made of them
+	PATH="$(abspath $(VENV))/bin:$$PATH" && \
+	eval "$$($(PY) scripts/cuda_toolkit.py)" && \
+	cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DJACOBIAN_OPS_PYTHON=ON \
+	  -DJACOBIAN_OPS_TOOLS=OFF -DJACOBIAN_OPS_CUDA=ON \
+	  $(if $(filter all,$(ARCHS)),-UJACOBIAN_OPS_CUDA_ARCHS,-DJACOBIAN_OPS_CUDA_ARCHS="$(subst $(space),;,$(strip $(ARCHS)))") \
+	  -DPython_EXECUTABLE="$(abspath $(PY))" -Dpybind11_DIR="$$(pybind11-config --cmakedir)" && \
+	cmake --build build/cuda --target _cuda && \
+	$(PY) scripts/cuda_gate.py build/cuda/_cuda*.so --host $</_cuda_on_host*.so $(GATE_FLAGS)
 
 bench: $(BUILT)  ## measure against native autograd (python -m bench has the options)
 	$(PY) -m bench $(BENCH_FLAGS)
