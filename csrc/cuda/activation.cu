@@ -87,14 +87,13 @@ void vjp_sum(const Act& act, const Rows& rows, const Buffer& x, const Buffer& gy
     using T = decltype(storage);
     auto t = tensors<Vjp<1>, T>({x, gy}, {gx});
     t.packs = t.packs && rows.inner % kPack<T> == 0;
-    const std::int64_t width = activation::kColumns * kPack<T>;
+    const std::int64_t width = columns::kColumns * kPack<T>;
     const std::int64_t strips = (rows.inner + width - 1) / width;
     const int parts = column_parts(rows.n);
     auto* partial = static_cast<Compute<T>*>(exec.workspace);
-    dev::launch<activation::vjp_sum<T>>(dim3(static_cast<unsigned>(strips * rows.outer), parts),
-                                        activation::kColumns * activation::kLines, 0,
-                                        dev::stream_of(exec), activation::Function<T>(act), t, rows,
-                                        parts, partial, Dropout<Compute<T>>(mask, x.size));
+    dev::launch<activation::vjp_sum<T>>(dim3(blocks(strips * rows.outer), parts), columns::kThreads,
+                                        0, dev::stream_of(exec), activation::Function<T>(act), t,
+                                        rows, parts, partial, Dropout<Compute<T>>(mask, x.size));
   });
   sum_partials(rows, sum, exec);
 }

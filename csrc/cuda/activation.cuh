@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../math/products.h"
+#include "columns.cuh"
 #include "multipliers.cuh"
 #include "vectors.cuh"
 
@@ -112,20 +113,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// gx and its sums over n of an (outer, n, inner) buffer. A block takes kColumns packs side by side
-// and a part of n, its kLines lines of threads every kLines-th row of it, and leaves the sums of
-// its part for the second stage (columns.h).
-constexpr int kColumns = 32, kLines = 8;
-
+// gx and its sums over n of an (outer, n, inner) buffer, in the blocks of columns.cuh: this is the
+// first stage of the sums.
 template <class T>
-__global__ void __launch_bounds__(kColumns* kLines)
+__global__ void __launch_bounds__(columns::kThreads)
     vjp_sum(Function<T> f, Tensors<Vjp<1>, T> t, Rows rows, int parts, Compute<T>* partial,
             Dropout<Compute<T>> dropout) {
   using A = Compute<T>;
-  constexpr int kEach = kPack<T>;
-  struct Sums {
-    A of[kLines][kEach][kColumns];
-  };
+  constexpr int kEach = kPack<T>, kColumns = columns::kColumns, kLines = columns::kLines;
   const int lane = threadIdx.x % kColumns, line = threadIdx.x / kColumns;
   const std::int64_t strips = (rows.inner + kColumns * kEach - 1) / (kColumns * kEach);
   const std::int64_t strip = blockIdx.x % strips, outer = blockIdx.x / strips;
@@ -157,18 +152,11 @@ __global__ void __launch_bounds__(kColumns* kLines)
         store_some(t.out[0] + at, out[0], count);
     }
   }
-  Sums& sums = dev::shared<Sums>();
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) sums.of[line][i][lane] = sum[i];
-  __syncthreads();
+  columns::add_lines(sum, lane, line);
   if (line > 0) return;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    if (i >= count) break;
-    A total = 0;
-#pragma unroll
-    for (int other = 0; other < kLines; ++other) total += sums.of[other][i][lane];
-    partial[(outer * parts + part) * rows.inner + column + i] = total;
+    if (i < count) partial[(outer * parts + part) * rows.inner + column + i] = sum[i];
   }
 }
 
