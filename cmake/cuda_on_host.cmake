@@ -19,8 +19,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   target_compile_options(cuda_on_host_flags INTERFACE -mf16c -mfma)
 endif()
 if(JACOBIAN_OPS_CUDA_ON_HOST STREQUAL "sanitize")
-  target_compile_options(cuda_on_host_flags INTERFACE
-    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  # A null pointer faults by itself, and there are no virtual functions: without these checks, and at -O1, compiling
+  # the activations takes 35 s instead of 160.
+  target_compile_options(cuda_on_host_flags INTERFACE -O1 -fno-omit-frame-pointer
+    -fsanitize=address,undefined -fno-sanitize=null,object-size,vptr -fno-sanitize-recover=all)
   target_link_options(cuda_on_host_flags INTERFACE -fsanitize=address,undefined)
 elseif(JACOBIAN_OPS_CUDA_ON_HOST STREQUAL "checked")
   target_compile_definitions(cuda_on_host_flags INTERFACE CUDA_ON_HOST_CHECKED)
@@ -54,9 +56,7 @@ function(add_cuda_on_host_module name kernels)
 endfunction()
 
 file(GLOB cuda_kernels CONFIGURE_DEPENDS csrc/cuda/*.cu)
-if(cuda_kernels)
 add_cuda_on_host_module(_cuda_on_host "${cuda_kernels}"
   csrc/bindings.cpp csrc/checked.cpp csrc/names.cpp ${shim}/backend.cpp)
-endif()
 add_cuda_on_host_module(_broken ${shim}/broken.cu ${shim}/broken.cpp)
 add_cuda_on_host_module(_words ${shim}/words.cu ${shim}/words.cpp)
