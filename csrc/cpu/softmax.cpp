@@ -88,11 +88,10 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
   constexpr std::int64_t kAhead = 4096 / sizeof(T), kNear = (128 << 10) / sizeof(T);
   const std::int64_t n = call.rows.n, start = row * n;
   const V scale(static_cast<A>(call.rows.scale));
-  const A fill = call.rows.scale < 0 ? std::numeric_limits<A>::infinity()
-                                     : -std::numeric_limits<A>::infinity();
+  const A fill = call.rows.scale < 0 ? kInfinity<A> : -kInfinity<A>;
   V top(A(0));
   if constexpr (Op::kLogits) {
-    V a(-std::numeric_limits<A>::infinity()), b = a;
+    V a(-kInfinity<A>), b = a;
     const T* x = call.in[0] + start;
     std::int64_t i = 0;
     for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
@@ -179,7 +178,6 @@ template <class Op, class T, bool kMasked>
 void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::int64_t width) {
   using A = Compute<T>;
   using V = Vec<A>;
-  constexpr A kInfinity = std::numeric_limits<A>::infinity();
   const std::int64_t n = call.rows.n, inner = call.rows.inner;
   const std::int64_t start = outer * n * inner + column;
   const V scale(static_cast<A>(call.rows.scale));
@@ -189,7 +187,7 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
   // kept in lanes.
   alignas(64) A top[kStripRoom], sum[Op::kSums][kStripRoom], lost[Op::kSums][kStrip];
   for (int j = 0; j < kStrip; ++j) {
-    top[j] = -kInfinity;
+    top[j] = -kInfinity<A>;
     for (int s = 0; s < Op::kSums; ++s) sum[s][j] = lost[s][j] = 0;
   }
   alignas(64) A m[kMasked ? kDeep : 1][kMasked ? kStripRoom : 1];
@@ -219,7 +217,7 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
         }
         store(top + j, now);
         // Nothing but -infinity yet: any finite number serves in its place.
-        reference = select(now == V(-kInfinity), V(A(0)), now);
+        reference = select(now == V(-kInfinity<A>), V(A(0)), now);
         const V factor = exp(before - reference);
         for (int s = 0; s < Op::kSums; ++s) {
           store(sum[s] + j, factor * load(sum[s] + j));

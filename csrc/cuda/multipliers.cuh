@@ -44,22 +44,22 @@ __device__ __forceinline__ unsigned kept_of_four(const Dropout<A>& d, std::int64
 // Bit i says whether element first + i is kept, i < kCount. Past the end the bits are anything.
 template <int kCount, class A>
 __device__ __forceinline__ unsigned kept(const Dropout<A>& d, std::int64_t first) {
-  static_assert(kCount <= 32);
+  static_assert(kCount <= 28);
   std::int64_t sample = 0, at = first;
   if (d.per_sample < d.size) {
     sample = first / d.per_sample;
     at = first - sample * d.per_sample;
   }
-  const int skip = static_cast<int>(at % 4);
   unsigned bits = 0;
-  // The usual case: the counters are those of this sample, from a whole one on.
-  if (skip % (kCount < 4 ? kCount : 4) == 0 &&
-      (at + kCount <= d.per_sample || d.per_sample == d.size)) {
+  if (at + kCount <= d.per_sample || d.per_sample == d.size) {  // all of one sample
+    const int skip = static_cast<int>(at % 4);
 #pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      bits |= kept_of_four(d, sample, static_cast<std::uint64_t>(at + i) / 4) << i;
+    for (int i = 0; i < kCount + 3; i += 4) {
+      if (i < skip + kCount) {
+        bits |= kept_of_four(d, sample, static_cast<std::uint64_t>(at - skip + i) / 4) << i;
+      }
     }
-    return kCount < 4 ? bits >> skip : bits;
+    return bits >> skip;
   }
 #pragma unroll 1
   for (int i = 0; i < kCount && first + i < d.size; ++i) {

@@ -36,6 +36,11 @@ struct F16 {
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+template <class T>
+constexpr T kLeastNormal = std::numeric_limits<T>::min();
+
 // The scalar type of a scalar or of a vector (specialised in simd.h).
 template <class A>
 struct ScalarOf {

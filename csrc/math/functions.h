@@ -187,7 +187,7 @@ JOPS_HD Normal<A> normal(A x) {
   else
     n = normal_tail(x);
   // Denormal numbers have no digits to keep, and cost some processors 100 cycles each.
-  const A e = select(n.e < A(std::numeric_limits<T>::min()), A(0), n.e);
+  const A e = select(n.e < A(kLeastNormal<T>), A(0), n.e);
   const A tail = e * n.q;
   return {select(x < A(0), tail, A(1) - tail), e * A(T(0.39894228040143267794)), n.a, tail};
 }

@@ -1,0 +1,427 @@
+// The softmax family on a device. The formulas are the rows of math/softmax.h; here is how rows
+// meet threads:
+//   team     a row in the registers of 8 or 32 threads of a warp, which shuffle;
+//   block    a row in the registers of a block;
+//   sweep    a row of any length, read twice by a block: sums online, then the results in reverse
+//            order, so that what was read last is still in the cache;
+//   columns  rows along another dimension: a thread has a column, neighbours are adjacent in
+//   memory,
+//            and kLines threads share a column's sums.
+// Sums are added in an order that follows from the shape alone. Inputs, sums and results are each
+// read and written once but for the two sweeps.
+#pragma once
+
+#include "../math/softmax.h"
+#include "multipliers.cuh"
+#include "vectors.cuh"
+
+namespace jops::JOPS_ISA::softmax {
+
+template <class Row, class T>
+struct Call {
+  using A = Compute<T>;
+  const T* in[Row::kIn];
+  T* out[Row::kOut];
+  std::int64_t outer, n, inner;
+  A scale;
+  bool packs;  // every row starts and ends at sixteen bytes
+  Dropout<A> dropout;
+
+  // What stands past the end of a row: a logit whose exponential is 0.
+  __device__ __forceinline__ A fill() const { return scale < 0 ? kInfinity<A> : -kInfinity<A>; }
+};
+
+// The exponent of an element of in[0], and its exponential.
+template <class Row, class A>
+__device__ __forceinline__ A log_like(A x, A scale, A top) {
+  return Row::kLogits ? scale * x - top : x;
+}
+template <class Row, class A>
+__device__ __forceinline__ A exponential(A d) {
+  return exp<Row::kLogits>(d);
+}
+
+struct Larger {
+  template <class A>
+  static __device__ __forceinline__ A join(A a, A b) {
+    return a > b ? a : b;
+  }
+};
+struct Sum {
+  template <class A>
+  static __device__ __forceinline__ A join(A a, A b) {
+    return a + b;
+  }
+};
+
+// One number from those of kLanes neighbouring threads of a warp, the same for all of them.
+template <class Op, int kLanes, class A>
+__device__ __forceinline__ A over_lanes(A a) {
+#pragma unroll
+  for (int apart = kLanes / 2; apart > 0; apart /= 2) {
+    a = Op::join(a, __shfl_xor_sync(~0u, a, apart));
+  }
+  return a;
+}
+
+// The same of all threads of a block. Calls follow each other only after a barrier.
+constexpr int kMostWarps = 16;
+template <class A, int kCount>
+struct OfWarps {
+  A of[kCount][kMostWarps];
+};
+template <class Op, class A, int kCount>
+__device__ __forceinline__ void over_block(A (&a)[kCount]) {
+  auto& warps = dev::shared<OfWarps<A, kCount>>();
+  const int warp = threadIdx.x / dev::kWarp, count = blockDim.x / dev::kWarp;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    a[k] = over_lanes<Op, dev::kWarp>(a[k]);
+    if (threadIdx.x % dev::kWarp == 0) warps.of[k][warp] = a[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    a[k] = warps.of[k][0];
+    for (int i = 1; i < count; ++i) a[k] = Op::join(a[k], warps.of[k][i]);
+  }
+  __syncthreads();
+}
+
+// A part of a row in registers: kPacks packs of a thread, `stride` packs from one to the next.
+template <class Row, class T, bool kMasked, int kPacks>
+struct Held {
+  using A = Compute<T>;
+  static constexpr int kEach = kPack<T>, kNumbers = kPacks * kEach;
+  uint4 raw[kPacks][Row::kIn];
+  A e[kNumbers];
+  unsigned bits = 0;  // of the mask
+
+  __device__ __forceinline__ void load(const Call<Row, T>& call, std::int64_t row, int thread,
+                                       int stride) {
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const std::int64_t j = static_cast<std::int64_t>(p * stride + thread) * kEach;
+      const std::int64_t at = row * call.n + j;
+      const bool there = row < call.outer && j < call.n;
+#pragma unroll
+      for (int k = 0; k < Row::kIn; ++k) {
+        if (there && call.packs)
+          raw[p][k] = dev::load16(call.in[k] + at);
+        else
+          raw[p][k] = load_some(call.in[k] + at, count_at(call, row, j));
+      }
+    }
+    if constexpr (kMasked) {
+      static_assert(kNumbers <= 32);
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) {
+        const std::int64_t j = static_cast<std::int64_t>(p * stride + thread) * kEach;
+        if (row < call.outer && j < call.n && call.dropout.seeds) {
+          const unsigned of_pack = kept<kEach>(call.dropout, row * call.n + j);
+          bits |= (of_pack & ((1u << kEach) - 1)) << (p * kEach);
+        }
+      }
+      if (!call.dropout.seeds) bits = ~0u;
+    }
+  }
+
+  // Numbers of the row from j on, at most a pack.
+  __device__ __forceinline__ int count_at(const Call<Row, T>& call, std::int64_t row,
+                                          std::int64_t j) const {
+    const std::int64_t left = row < call.outer ? call.n - j : 0;
+    return left < 0 ? 0 : left < kEach ? static_cast<int>(left) : kEach;
+  }
+
+  __device__ __forceinline__ A largest(const Call<Row, T>& call, int thread, int stride) const {
+    A top = -kInfinity<A>;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      A x[kEach];
+      logits(call, p, thread, stride, x);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) top = max(top, call.scale * x[i]);
+    }
+    return top;
+  }
+
+  __device__ __forceinline__ void add(const Call<Row, T>& call, A top, int thread, int stride,
+                                      A (&sum)[Row::kSums]) {
+#pragma unroll
+    for (int k = 0; k < Row::kSums; ++k) sum[k] = 0;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      A in[Row::kIn][kEach];
+      logits(call, p, thread, stride, in[0]);
+#pragma unroll
+      for (int k = 1; k < Row::kIn; ++k) unpack<T>(raw[p][k], in[k]);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        A one[Row::kIn];
+#pragma unroll
+        for (int k = 0; k < Row::kIn; ++k) one[k] = in[k][i];
+        A& kept_e = e[p * kEach + i];
+        kept_e = exponential<Row>(log_like<Row>(one[0], call.scale, top));
+        Row::add(one, kept_e, factor(call, p, i), sum);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void emit(const Call<Row, T>& call, std::int64_t row, A top,
+                                       int thread, int stride, const A (&sum)[Row::kSums]) const {
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const std::int64_t j = static_cast<std::int64_t>(p * stride + thread) * kEach;
+      const int count = count_at(call, row, j);
+      if (count == 0) break;
+      A in[Row::kIn][kEach], out[Row::kOut][kEach];
+#pragma unroll
+      for (int k = 0; k < Row::kIn; ++k) unpack<T>(raw[p][k], in[k]);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        A one[Row::kIn], result[Row::kOut];
+#pragma unroll
+        for (int k = 0; k < Row::kIn; ++k) one[k] = in[k][i];
+        Row::emit(one, log_like<Row>(one[0], call.scale, top), e[p * kEach + i], factor(call, p, i),
+                  sum, call.scale, result);
+#pragma unroll
+        for (int k = 0; k < Row::kOut; ++k) out[k][i] = result[k];
+      }
+#pragma unroll
+      for (int k = 0; k < Row::kOut; ++k) {
+        T* to = call.out[k] + row * call.n + j;
+        if (call.packs)
+          dev::store16(to, pack<T>(out[k]));
+        else
+          store_some(to, out[k], count);
+      }
+    }
+  }
+
+ private:
+  // in[0] of a pack; past the end of a row of logits what does not count.
+  __device__ __forceinline__ void logits(const Call<Row, T>& call, int p, int thread, int stride,
+                                         A (&x)[kEach]) const {
+    unpack<T>(raw[p][0], x);
+    if constexpr (Row::kLogits) {
+      const std::int64_t j = static_cast<std::int64_t>(p * stride + thread) * kEach;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (j + i >= call.n) x[i] = call.fill();
+      }
+    }
+  }
+  __device__ __forceinline__ A factor(const Call<Row, T>& call, int p, int i) const {
+    return kMasked ? multiplier(call.dropout, bits, p * kEach + i) : A(1);
+  }
+};
+
+constexpr int kTeamThreads = 128;
+template <class Row, class T, bool kMasked, int kLanes, int kPacks>
+__global__ void __launch_bounds__(kTeamThreads, 1) team(Call<Row, T> call) {
+  using A = Compute<T>;
+  constexpr int kRows = kTeamThreads / kLanes;  // of a block
+  const std::int64_t row =
+      static_cast<std::int64_t>(blockIdx.x) * kRows + static_cast<int>(threadIdx.x) / kLanes;
+  const int thread = threadIdx.x % kLanes;
+  Held<Row, T, kMasked, kPacks> held;
+  held.load(call, row, thread, kLanes);
+  A top = 0, sum[Row::kSums];
+  if constexpr (Row::kLogits) {
+    top = over_lanes<Larger, kLanes>(held.largest(call, thread, kLanes));
+  }
+  held.add(call, top, thread, kLanes, sum);
+#pragma unroll
+  for (int k = 0; k < Row::kSums; ++k) sum[k] = over_lanes<Sum, kLanes>(sum[k]);
+  Row::finish(sum);
+  held.emit(call, row, top, thread, kLanes, sum);
+}
+
+constexpr int kBlockThreads = dev::kWarp * kMostWarps;
+template <class Row, class T, bool kMasked, int kPacks>
+__global__ void __launch_bounds__(kBlockThreads, 1) block(Call<Row, T> call) {
+  using A = Compute<T>;
+  const std::int64_t row = blockIdx.x;
+  const int thread = threadIdx.x, threads = blockDim.x;
+  Held<Row, T, kMasked, kPacks> held;
+  held.load(call, row, thread, threads);
+  A top[1] = {}, sum[Row::kSums];
+  if constexpr (Row::kLogits) {
+    top[0] = held.largest(call, thread, threads);
+    over_block<Larger>(top);
+  }
+  held.add(call, top[0], thread, threads, sum);
+  over_block<Sum>(sum);
+  Row::finish(sum);
+  held.emit(call, row, top[0], thread, threads, sum);
+}
+
+// Sums relative to the largest logit so far, which may grow.
+template <class Row, class A>
+struct Online {
+  A top = Row::kLogits ? -kInfinity<A> : A(0);
+  A sum[Row::kSums] = {};
+
+  // What exponents are relative to: any finite number while there is nothing but -infinity.
+  __device__ __forceinline__ A reference() const {
+    return Row::kLogits && top == -kInfinity<A> ? A(0) : top;
+  }
+  __device__ __forceinline__ void raise(A larger) {
+    if constexpr (Row::kLogits) {
+      const A before = top;
+      top = max(top, larger);
+      const A factor = exp(before - reference());
+#pragma unroll
+      for (A& s : sum) s *= factor;
+    }
+  }
+};
+
+template <class Row, class T, bool kMasked>
+__global__ void __launch_bounds__(kBlockThreads, 1) sweep(Call<Row, T> call) {
+  using A = Compute<T>;
+  using Part = Held<Row, T, kMasked, 1>;
+  constexpr int kEach = kPack<T>;
+  const std::int64_t row = blockIdx.x;
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const std::int64_t turns = (call.n + threads * kEach - 1) / (threads * kEach);
+  // A turn is a row of its own that begins further on.
+  const auto part_of = [&](std::int64_t turn, Part& part, Call<Row, T>& rest) {
+    const std::int64_t begin = turn * threads * kEach;
+#pragma unroll
+    for (int k = 0; k < Row::kIn; ++k) rest.in[k] = call.in[k] + row * call.n + begin;
+#pragma unroll
+    for (int k = 0; k < Row::kOut; ++k) rest.out[k] = call.out[k] + row * call.n + begin;
+    rest.n = call.n - begin;
+    part.load(rest, 0, thread, threads);
+    if constexpr (kMasked) {
+      const std::int64_t j = begin + thread * kEach;
+      part.bits =
+          j < call.n && call.dropout.seeds ? kept<kEach>(call.dropout, row * call.n + j) : ~0u;
+    }
+  };
+  Call<Row, T> rest = call;
+  rest.dropout.seeds = nullptr;  // the mask is drawn by the place in the whole row
+  Online<Row, A> online;
+#pragma unroll 1
+  for (std::int64_t turn = 0; turn < turns; ++turn) {
+    Part part;
+    part_of(turn, part, rest);
+    if constexpr (Row::kLogits) online.raise(part.largest(rest, thread, threads));
+    A more[Row::kSums];
+    part.add(rest, online.reference(), thread, threads, more);
+#pragma unroll
+    for (int k = 0; k < Row::kSums; ++k) online.sum[k] += more[k];
+  }
+  if constexpr (Row::kLogits) {
+    A top[1] = {online.top};
+    over_block<Larger>(top);
+    online.raise(top[0]);
+  }
+  over_block<Sum>(online.sum);
+  Row::finish(online.sum);
+#pragma unroll 1
+  for (std::int64_t turn = turns - 1; turn >= 0; --turn) {
+    Part part;
+    part_of(turn, part, rest);
+    A more[Row::kSums];
+    part.add(rest, online.top, thread, threads, more);  // for the exponentials
+    part.emit(rest, 0, online.top, thread, threads, online.sum);
+  }
+}
+
+// Columns of (outer, n, inner): kWidth of them side by side, kLines threads each.
+constexpr int kWidth = 32, kLines = 8, kDeep = 4;  // kDeep rows at a time, a thread
+
+template <class Row, class A>
+struct OfLines {
+  A top[kLines][kWidth], sum[Row::kSums][kLines][kWidth];
+};
+
+template <class Row, class T, bool kMasked>
+__global__ void __launch_bounds__(kWidth* kLines, 1) columns(Call<Row, T> call) {
+  using A = Compute<T>;
+  const int lane = threadIdx.x % kWidth, line = threadIdx.x / kWidth;
+  const std::int64_t strips = (call.inner + kWidth - 1) / kWidth;
+  const std::int64_t column = blockIdx.x % strips * kWidth + lane, outer = blockIdx.x / strips;
+  const bool there = column < call.inner;
+  const std::int64_t start = outer * call.n * call.inner + column;
+  const auto factor_at = [&](std::int64_t at) -> A {
+    if (!kMasked || !call.dropout.seeds) return A(1);
+    return multiplier(call.dropout, kept<1>(call.dropout, at), 0);
+  };
+
+  Online<Row, A> online;
+  A lost[Row::kSums] = {};  // what rounding took from the sums (Kahan): columns are long
+  if (there) {
+#pragma unroll 1
+    for (std::int64_t first = line; first < call.n; first += kLines * kDeep) {
+      A in[kDeep][Row::kIn], larger = -kInfinity<A>;
+#pragma unroll
+      for (int r = 0; r < kDeep; ++r) {
+        const std::int64_t row = first + r * kLines;
+#pragma unroll
+        for (int k = 0; k < Row::kIn; ++k) {
+          in[r][k] = row < call.n             ? dev::widen(call.in[k][start + row * call.inner])
+                     : Row::kLogits && k == 0 ? call.fill()
+                                              : A(0);
+        }
+        if constexpr (Row::kLogits) larger = max(larger, call.scale * in[r][0]);
+      }
+      const A before = online.reference();
+      online.raise(larger);
+      if constexpr (Row::kLogits) {
+        const A factor = exp(before - online.reference());
+#pragma unroll
+        for (A& l : lost) l *= factor;
+      }
+      A more[Row::kSums] = {};
+#pragma unroll
+      for (int r = 0; r < kDeep; ++r) {
+        const std::int64_t row = first + r * kLines;
+        const A m = Row::kMaskInSums && row < call.n ? factor_at(start + row * call.inner) : A(1);
+        Row::add(in[r], exponential<Row>(log_like<Row>(in[r][0], call.scale, online.reference())),
+                 m, more);
+      }
+#pragma unroll
+      for (int k = 0; k < Row::kSums; ++k) {
+        const A rest = more[k] + lost[k], sum = online.sum[k] + rest;
+        lost[k] = rest - (sum - online.sum[k]);
+        online.sum[k] = sum;
+      }
+    }
+  }
+
+  auto& lines = dev::shared<OfLines<Row, A>>();
+  lines.top[line][lane] = online.top;
+#pragma unroll
+  for (int k = 0; k < Row::kSums; ++k) lines.sum[k][line][lane] = online.sum[k];
+  __syncthreads();
+  if (!there) return;
+  Online<Row, A> all;
+#pragma unroll
+  for (int i = 0; i < kLines; ++i) {
+    Online<Row, A> one;
+    one.top = lines.top[i][lane];
+#pragma unroll
+    for (int k = 0; k < Row::kSums; ++k) one.sum[k] = lines.sum[k][i][lane];
+    all.raise(one.top);
+    const A factor = Row::kLogits ? exp(one.top - all.reference()) : A(1);
+#pragma unroll
+    for (int k = 0; k < Row::kSums; ++k) all.sum[k] = fma(factor, one.sum[k], all.sum[k]);
+  }
+  Row::finish(all.sum);
+#pragma unroll 2
+  for (std::int64_t row = line; row < call.n; row += kLines) {
+    const std::int64_t at = start + row * call.inner;
+    A in[Row::kIn], out[Row::kOut];
+#pragma unroll
+    for (int k = 0; k < Row::kIn; ++k) in[k] = dev::widen(call.in[k][at]);
+    const A d = log_like<Row>(in[0], call.scale, all.top);
+    Row::emit(in, d, exponential<Row>(d), factor_at(at), all.sum, call.scale, out);
+#pragma unroll
+    for (int k = 0; k < Row::kOut; ++k) call.out[k][at] = dev::narrow<T>(out[k]);
+  }
+}
+
+}  // namespace jops::JOPS_ISA::softmax
