@@ -17,8 +17,6 @@ void sum_partials(const Rows& rows, const Buffer& sum, const Exec& exec) {
   });
 }
 
-namespace {
-
 void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
   with_storage(x.dtype, [&](auto storage) {
     using T = decltype(storage);
@@ -32,6 +30,8 @@ void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
   });
   sum_partials({x.batch, x.rows, x.cols}, y, exec);
 }
+
+namespace {
 
 std::int64_t sum_workspace(const Rows& rows) {
   constexpr std::int64_t kWidest = 8;  // bytes of a number

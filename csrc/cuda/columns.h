@@ -14,6 +14,9 @@ inline int column_parts(std::int64_t n) {
   return static_cast<int>(parts < 1 ? 1 : parts < 256 ? parts : 256);
 }
 
+// y = the sums of x over its rows.
+void column_sum(const Matrix& x, const Buffer& y, const Exec& exec);
+
 // The second stage: sum = the partial sums of the workspace, added up.
 void sum_partials(const Rows& rows, const Buffer& sum, const Exec& exec);
 
