@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core.h"
+#include "names.h"
 
 using jops::Act;
 using jops::Activation;
