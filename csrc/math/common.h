@@ -83,7 +83,8 @@ template <class T>
 JOPS_HD T power2(int n) {
   constexpr int kMantissa = std::numeric_limits<T>::digits - 1;
   constexpr int kBias = std::numeric_limits<T>::max_exponent - 1;
-  const IntOf<T> bits = static_cast<IntOf<T>>(n + kBias) << kMantissa;
+  using Bits = std::make_unsigned_t<IntOf<T>>;  // callers may select away an n out of range
+  const Bits bits = static_cast<Bits>(n + kBias) << kMantissa;
   T power;
   std::memcpy(&power, &bits, sizeof(power));
   return power;
