@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(columns::kThreads)
   const int count = static_cast<int>(min_size(rows.inner - column, kEach));
   const std::int64_t first = rows.n * part / parts, last = rows.n * (part + 1) / parts;
 
-  A sum[kEach] = {};
+  LongSum<A> long_sum[kEach];
   if (count > 0) {
 #pragma unroll 1
     for (std::int64_t row = first + line; row < last; row += kLines) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(columns::kThreads)
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         out[0][i] *= multiplier(dropout, bits, i);
-        if (i < count) sum[i] += out[0][i];
+        if (i < count) long_sum[i].add(out[0][i]);
       }
       if (t.packs)
         dev::store16(t.out[0] + at, pack<T>(out[0]));
@@ -152,6 +152,9 @@ __global__ void __launch_bounds__(columns::kThreads)
         store_some(t.out[0] + at, out[0], count);
     }
   }
+  A sum[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum[i] = long_sum[i].sum;
   columns::add_lines(sum, lane, line);
   if (line > 0) return;
 #pragma unroll

@@ -10,7 +10,7 @@ void sum_partials(const Rows& rows, const Buffer& sum, const Exec& exec) {
   with_storage(sum.dtype, [&](auto storage) {
     using T = decltype(storage);
     const std::int64_t strips = (rows.inner + columns::kColumns - 1) / columns::kColumns;
-    dev::launch<columns::add_parts<T>>(blocks(strips * rows.outer), columns::kThreads, 0,
+    dev::launch<columns::add_parts<T>>(all_blocks(strips * rows.outer), columns::kThreads, 0,
                                        dev::stream_of(exec),
                                        static_cast<const Compute<T>*>(exec.workspace),
                                        column_parts(rows.n), rows.inner, static_cast<T*>(sum.data));
@@ -24,7 +24,7 @@ void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
     const int parts = column_parts(x.rows);
     const bool packs = packs_at(x.data) && x.col_stride == 1 && x.cols % kPack<T> == 0 &&
                        x.row_stride % kPack<T> == 0 && x.batch_stride % kPack<T> == 0;
-    dev::launch<columns::sum_parts<T>>(dim3(blocks(strips * x.batch), parts), columns::kThreads, 0,
+    dev::launch<columns::sum_parts<T>>(dim3(all_blocks(strips * x.batch), parts), columns::kThreads, 0,
                                        dev::stream_of(exec), x, packs, parts,
                                        static_cast<Compute<T>*>(exec.workspace));
   });

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t first = x.rows * part / parts, last = x.rows * (part + 1) / parts;
   const T* from = static_cast<const T*>(x.data) + batch * x.batch_stride + column * x.col_stride;
 
-  A sum[kEach] = {};
+  LongSum<A> long_sum[kEach];
   if (count > 0) {
 #pragma unroll 4
     for (std::int64_t row = first + line; row < last; row += kLines) {
@@ -60,9 +60,12 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) sum[i] += numbers[i];
+      for (int i = 0; i < kEach; ++i) long_sum[i].add(numbers[i]);
     }
   }
+  A sum[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum[i] = long_sum[i].sum;
   add_lines(sum, lane, line);
   if (line > 0) return;
 #pragma unroll

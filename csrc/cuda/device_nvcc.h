@@ -49,7 +49,7 @@ __device__ __forceinline__ T* dynamic_shared() {
 }
 
 __device__ __forceinline__ uint4 load16(const void* global) {
-  return __ldg(static_cast<const uint4*>(global));
+  return *static_cast<const uint4*>(global);
 }
 __device__ __forceinline__ void store16(void* global, uint4 v) { *static_cast<uint4*>(global) = v; }
 

@@ -30,7 +30,7 @@ linear::Result<T> result(const Matrix& m) {
 template <class T, bool kDual>
 void launch(const linear::Call<T>& call, std::int64_t batch, const Exec& exec) {
   const auto grid = [&](std::int64_t side) {
-    return blocks(batch * ((call.rows + side - 1) / side) * ((call.cols + side - 1) / side));
+    return all_blocks(batch * ((call.rows + side - 1) / side) * ((call.cols + side - 1) / side));
   };
   if constexpr (sizeof(T) == 2) {
     dev::launch<linear::tensor<T, kDual>>(grid(linear::kTensorSide), linear::kTensorThreads, 0,

@@ -15,15 +15,15 @@ template <class Row, class T, bool kMasked, int kLanes, int kPacks>
 void launch_team(const softmax::Call<Row, T>& call, const Exec& exec) {
   constexpr int kRows = softmax::kTeamThreads / kLanes;
   dev::launch<softmax::team<Row, T, kMasked, kLanes, kPacks>>(
-      blocks((call.outer + kRows - 1) / kRows), softmax::kTeamThreads, 0, dev::stream_of(exec),
+      all_blocks((call.outer + kRows - 1) / kRows), softmax::kTeamThreads, 0, dev::stream_of(exec),
       call);
 }
 
 template <class Row, class T, bool kMasked>
 void launch(const softmax::Call<Row, T>& call, const Exec& exec) {
   if (call.inner > 1) {
-    const std::int64_t strips = (call.inner + softmax::kWidth - 1) / softmax::kWidth;
-    dev::launch<softmax::columns<Row, T, kMasked>>(blocks(strips * call.outer),
+    const std::int64_t strips = (call.outer * call.inner + softmax::kWidth - 1) / softmax::kWidth;
+    dev::launch<softmax::columns<Row, T, kMasked>>(all_blocks(strips),
                                                    softmax::kWidth * softmax::kLines, 0,
                                                    dev::stream_of(exec), call);
     return;
@@ -36,11 +36,11 @@ void launch(const softmax::Call<Row, T>& call, const Exec& exec) {
   if (packs <= softmax::kBlockThreads * kHeld<Row>) {
     const auto warps =
         static_cast<unsigned>((packs + dev::kWarp * kHeld<Row> - 1) / (dev::kWarp * kHeld<Row>));
-    dev::launch<softmax::block<Row, T, kMasked, kHeld<Row>>>(blocks(call.outer), warps * dev::kWarp,
+    dev::launch<softmax::block<Row, T, kMasked, kHeld<Row>>>(all_blocks(call.outer), warps * dev::kWarp,
                                                              0, dev::stream_of(exec), call);
     return;
   }
-  dev::launch<softmax::sweep<Row, T, kMasked>>(blocks(call.outer), softmax::kBlockThreads, 0,
+  dev::launch<softmax::sweep<Row, T, kMasked>>(all_blocks(call.outer), softmax::kBlockThreads, 0,
                                                dev::stream_of(exec), call);
 }
 

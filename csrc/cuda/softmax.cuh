@@ -5,8 +5,7 @@
 //   sweep    a row of any length, read twice by a block: sums online, then the results in reverse
 //            order, so that what was read last is still in the cache;
 //   columns  rows along another dimension: a thread has a column, neighbours are adjacent in
-//   memory,
-//            and kLines threads share a column's sums.
+//            memory, and kLines threads share a column's sums.
 // Sums are added in an order that follows from the shape alone. Inputs, sums and results are each
 // read and written once but for the two sweeps.
 #pragma once
@@ -260,7 +259,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) block(Call<Row, T> call) {
 template <class Row, class A>
 struct Online {
   A top = Row::kLogits ? -kInfinity<A> : A(0);
-  A sum[Row::kSums] = {};
+  LongSum<A> sum[Row::kSums];
 
   // What exponents are relative to: any finite number while there is nothing but -infinity.
   __device__ __forceinline__ A reference() const {
@@ -272,8 +271,16 @@ struct Online {
       top = max(top, larger);
       const A factor = exp(before - reference());
 #pragma unroll
-      for (A& s : sum) s *= factor;
+      for (LongSum<A>& s : sum) s.scale(factor);
     }
+  }
+  __device__ __forceinline__ void add(const A (&more)[Row::kSums]) {
+#pragma unroll
+    for (int k = 0; k < Row::kSums; ++k) sum[k].add(more[k]);
+  }
+  __device__ __forceinline__ void take(A (&sums)[Row::kSums]) const {
+#pragma unroll
+    for (int k = 0; k < Row::kSums; ++k) sums[k] = sum[k].sum;
   }
 };
 
@@ -310,27 +317,28 @@ __global__ void __launch_bounds__(kBlockThreads, 1) sweep(Call<Row, T> call) {
     if constexpr (Row::kLogits) online.raise(part.largest(rest, thread, threads));
     A more[Row::kSums];
     part.add(rest, online.reference(), thread, threads, more);
-#pragma unroll
-    for (int k = 0; k < Row::kSums; ++k) online.sum[k] += more[k];
+    online.add(more);
   }
   if constexpr (Row::kLogits) {
     A top[1] = {online.top};
     over_block<Larger>(top);
     online.raise(top[0]);
   }
-  over_block<Sum>(online.sum);
-  Row::finish(online.sum);
+  A sum[Row::kSums];
+  online.take(sum);
+  over_block<Sum>(sum);
+  Row::finish(sum);
 #pragma unroll 1
   for (std::int64_t turn = turns - 1; turn >= 0; --turn) {
     Part part;
     part_of(turn, part, rest);
     A more[Row::kSums];
     part.add(rest, online.top, thread, threads, more);  // for the exponentials
-    part.emit(rest, 0, online.top, thread, threads, online.sum);
+    part.emit(rest, 0, online.top, thread, threads, sum);
   }
 }
 
-// Columns of (outer, n, inner): kWidth of them side by side, kLines threads each.
+// The outer x inner columns of (outer, n, inner): kWidth of them side by side, kLines threads each.
 constexpr int kWidth = 32, kLines = 8, kDeep = 4;  // kDeep rows at a time, a thread
 
 template <class Row, class A>
@@ -342,17 +350,16 @@ template <class Row, class T, bool kMasked>
 __global__ void __launch_bounds__(kWidth* kLines, 1) columns(Call<Row, T> call) {
   using A = Compute<T>;
   const int lane = threadIdx.x % kWidth, line = threadIdx.x / kWidth;
-  const std::int64_t strips = (call.inner + kWidth - 1) / kWidth;
-  const std::int64_t column = blockIdx.x % strips * kWidth + lane, outer = blockIdx.x / strips;
-  const bool there = column < call.inner;
-  const std::int64_t start = outer * call.n * call.inner + column;
+  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kWidth + lane;
+  const std::int64_t outer = column / call.inner;
+  const bool there = outer < call.outer;
+  const std::int64_t start = outer * call.n * call.inner + column % call.inner;
   const auto factor_at = [&](std::int64_t at) -> A {
     if (!kMasked || !call.dropout.seeds) return A(1);
     return multiplier(call.dropout, kept<1>(call.dropout, at), 0);
   };
 
   Online<Row, A> online;
-  A lost[Row::kSums] = {};  // what rounding took from the sums (Kahan): columns are long
   if (there) {
 #pragma unroll 1
     for (std::int64_t first = line; first < call.n; first += kLines * kDeep) {
@@ -368,13 +375,7 @@ __global__ void __launch_bounds__(kWidth* kLines, 1) columns(Call<Row, T> call) 
         }
         if constexpr (Row::kLogits) larger = max(larger, call.scale * in[r][0]);
       }
-      const A before = online.reference();
       online.raise(larger);
-      if constexpr (Row::kLogits) {
-        const A factor = exp(before - online.reference());
-#pragma unroll
-        for (A& l : lost) l *= factor;
-      }
       A more[Row::kSums] = {};
 #pragma unroll
       for (int r = 0; r < kDeep; ++r) {
@@ -383,42 +384,34 @@ __global__ void __launch_bounds__(kWidth* kLines, 1) columns(Call<Row, T> call) 
         Row::add(in[r], exponential<Row>(log_like<Row>(in[r][0], call.scale, online.reference())),
                  m, more);
       }
-#pragma unroll
-      for (int k = 0; k < Row::kSums; ++k) {
-        const A rest = more[k] + lost[k], sum = online.sum[k] + rest;
-        lost[k] = rest - (sum - online.sum[k]);
-        online.sum[k] = sum;
-      }
+      online.add(more);
     }
   }
 
   auto& lines = dev::shared<OfLines<Row, A>>();
   lines.top[line][lane] = online.top;
 #pragma unroll
-  for (int k = 0; k < Row::kSums; ++k) lines.sum[k][line][lane] = online.sum[k];
+  for (int k = 0; k < Row::kSums; ++k) lines.sum[k][line][lane] = online.sum[k].sum;
   __syncthreads();
   if (!there) return;
-  Online<Row, A> all;
+  A sum[Row::kSums] = {};
+#pragma unroll
+  for (int i = 0; i < kLines; ++i) online.raise(lines.top[i][lane]);
 #pragma unroll
   for (int i = 0; i < kLines; ++i) {
-    Online<Row, A> one;
-    one.top = lines.top[i][lane];
+    const A factor = Row::kLogits ? exp(lines.top[i][lane] - online.reference()) : A(1);
 #pragma unroll
-    for (int k = 0; k < Row::kSums; ++k) one.sum[k] = lines.sum[k][i][lane];
-    all.raise(one.top);
-    const A factor = Row::kLogits ? exp(one.top - all.reference()) : A(1);
-#pragma unroll
-    for (int k = 0; k < Row::kSums; ++k) all.sum[k] = fma(factor, one.sum[k], all.sum[k]);
+    for (int k = 0; k < Row::kSums; ++k) sum[k] = fma(factor, lines.sum[k][i][lane], sum[k]);
   }
-  Row::finish(all.sum);
+  Row::finish(sum);
 #pragma unroll 2
   for (std::int64_t row = line; row < call.n; row += kLines) {
     const std::int64_t at = start + row * call.inner;
     A in[Row::kIn], out[Row::kOut];
 #pragma unroll
     for (int k = 0; k < Row::kIn; ++k) in[k] = dev::widen(call.in[k][at]);
-    const A d = log_like<Row>(in[0], call.scale, all.top);
-    Row::emit(in, d, exponential<Row>(d), factor_at(at), all.sum, call.scale, out);
+    const A d = log_like<Row>(in[0], call.scale, online.top);
+    Row::emit(in, d, exponential<Row>(d), factor_at(at), sum, call.scale, out);
 #pragma unroll
     for (int k = 0; k < Row::kOut; ++k) call.out[k][at] = dev::narrow<T>(out[k]);
   }

@@ -63,6 +63,23 @@ __device__ __forceinline__ void store_some(T* to, const Compute<T> (&from)[kPack
   }
 }
 
+// A sum of many numbers that keeps what rounding takes from it (Kahan).
+template <class A>
+struct LongSum {
+  A sum = 0, lost = 0;
+
+  __device__ __forceinline__ void add(A a) {
+    const A rest = a + lost, larger = sum + rest;
+    lost = rest - (larger - sum);
+    if (lost != lost) lost = 0;  // an infinite sum stays infinite
+    sum = larger;
+  }
+  __device__ __forceinline__ void scale(A factor) {
+    sum *= factor;
+    lost *= factor;
+  }
+};
+
 // Whether packs can be read from, or written to, p.
 inline bool packs_at(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
