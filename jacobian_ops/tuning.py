@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -19,15 +20,16 @@ from . import _backend
 
 __all__ = ["autotune"]
 
-# Multiply-adds, by dtype, up to which one kernel of ours does product and epilogue.  Not measured:
-# a launch costs some microseconds, in which a GPU does about this many.
+# Steps (see :func:`steps`), by dtype, up to which one kernel of ours does product and epilogue.  Not
+# measured: in about this many a multiprocessor spends what two launches cost.
 BUILT_IN = {
-    torch.float32: 1 << 24,
-    torch.float64: 1 << 22,
-    torch.bfloat16: 1 << 25,
-    torch.float16: 1 << 25,
+    torch.float32: 512,
+    torch.float64: 256,
+    torch.bfloat16: 1024,
+    torch.float16: 1024,
 }
-_SIDES = tuple(1 << i for i in range(5, 13))  # of cubes that are timed
+_DEPTHS = tuple(1 << i for i in range(5, 14))  # that are timed
+_ACROSS = 8  # squares of results in each direction, while they are
 
 
 def cache_file() -> Path:
@@ -40,9 +42,33 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def _side(dtype: torch.dtype) -> int:
+    """Rows and columns of the results that a block of threads makes: csrc/cuda/linear.cuh."""
+    return 32 if dtype is torch.float64 else 64
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def steps(x: torch.Tensor, weight: torch.Tensor, products: int = 1) -> int:
+    """What the time of one kernel for ``x W^T`` grows with.
+
+    Each block of threads makes a square of results in K steps, and each multiprocessor a share of
+    the squares: K times the squares of one multiprocessor, times the number of ``products``.
+    """
+    *batch, rows, depth = x.shape
+    side = _side(x.dtype)
+    squares = math.prod(batch) * -(-rows // side) * -(-weight.shape[-2] // side)
+    return products * depth * -(-squares // _multiprocessors(x.device))
+
+
 @functools.cache
 def fused_up_to(device: torch.device) -> dict[torch.dtype, int]:
-    """Multiply-adds, by dtype, up to which one kernel of ours is to run on ``device``."""
+    """Steps, by dtype, up to which one kernel of ours is to run on ``device``."""
     try:
         known = json.loads(cache_file().read_text())[_name(device)]
         return {dtype: int(known[str(dtype).removeprefix("torch.")]) for dtype in BUILT_IN}
@@ -64,7 +90,7 @@ def autotune(
         save: Write the result where later programs find it, see :func:`cache_file`.
 
     Returns:
-        Multiply-adds of a product, by dtype.
+        Steps (see :func:`steps`), by dtype.
 
     Raises:
         ValueError: ``device`` has no kernels of the kind that is tuned here.
@@ -93,14 +119,15 @@ def autotune(
 
 
 def _crossing(device, dtype, seconds) -> int:
-    """The largest size up to which ours was faster throughout."""
+    """The number of steps up to which ours was faster throughout."""
     from .kernels import _gemm, linear_act_dropout
 
     before, best = _gemm.CHOICE, 0
     try:
-        for side in _SIDES:
-            x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-            bias = torch.randn(side, device=device).to(dtype)
+        side = _ACROSS * _side(dtype)
+        bias = torch.randn(side, device=device).to(dtype)
+        for depth in _DEPTHS:
+            x, weight = (torch.randn(side, depth, device=device).to(dtype) for _ in range(2))
             took = {}
             for choice in ("own", "torch"):
                 _gemm.CHOICE = choice
@@ -110,7 +137,7 @@ def _crossing(device, dtype, seconds) -> int:
                 took[choice] = timer.blocked_autorange(min_run_time=seconds).median
             if took["own"] > took["torch"]:
                 break
-            best = side**3
+            best = steps(x, weight)
     finally:
         _gemm.CHOICE = before
     return best

@@ -21,15 +21,35 @@ def own_cache(monkeypatch, tmp_path):
 
 def test_measured_sizes_are_kept(own_cache, monkeypatch):
     monkeypatch.setattr(_backend, "on_device", lambda t: True)
-    monkeypatch.setattr(tuning, "_SIDES", (8, 16))
+    monkeypatch.setattr(tuning, "_DEPTHS", (8, 16))
+    monkeypatch.setattr(tuning, "_ACROSS", 1)
     choice = _gemm.CHOICE
     assert tuning.fused_up_to(DEVICE) == tuning.BUILT_IN
     found = autotune(DEVICE, seconds=1e-4)
     assert _gemm.CHOICE == choice
     assert found.keys() == tuning.BUILT_IN.keys()
-    assert set(found.values()) <= {0, 8**3, 16**3}
+    assert set(found.values()) <= {0, 8, 16}
     assert tuning.fused_up_to(DEVICE) == found
     assert json.loads(own_cache.read_text()).keys() == {"cpu"}
+
+
+def test_steps(monkeypatch):
+    x, weight = torch.empty(3, 65, 40), torch.empty(3, 129, 40)
+    assert tuning.steps(x, weight) == 40 * 3 * 2 * 3
+    assert tuning.steps(x.double(), weight.double(), 2) == 2 * 40 * 3 * 3 * 5
+    monkeypatch.setattr(tuning, "_multiprocessors", lambda device: 16)
+    assert tuning.steps(x, weight) == 40 * 2
+
+
+def test_large_products_go_to_cublas(monkeypatch):
+    monkeypatch.setattr(_backend, "on_device", lambda t: True)
+    monkeypatch.setattr(_gemm, "CHOICE", "auto")
+    for dtype, most in tuning.BUILT_IN.items():
+        for products, tx in ((1, None), (2, torch.empty(1, 1, dtype=dtype))):
+            for depth in (most // products, most // products + 1):
+                x = torch.empty(2, depth, dtype=dtype)
+                tangents = () if tx is None else (x,)
+                assert _gemm.torch_is_faster_unfused(x, x, *tangents) == (depth * products > most)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"cpu": 1}', '{"cpu": {"float32": "x"}}'])

@@ -88,8 +88,8 @@ def torch_is_faster_unfused(
     if not (_torch_serves(x, weight, tx, tweight) and _backend.on_device(x)):
         return False
     products = 1 + (tx is not None) + (tweight is not None)
-    work = products * x.numel() * weight.shape[-2]
-    return CHOICE == "torch" or work > tuning.fused_up_to(x.device)[x.dtype]
+    steps = tuning.steps(x, weight, products)
+    return CHOICE == "torch" or steps > tuning.fused_up_to(x.device)[x.dtype]
 
 
 def torch_is_faster(x: Tensor, weight: Tensor, *tangents: Tensor | None) -> bool:
