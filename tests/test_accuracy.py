@@ -187,21 +187,28 @@ def test_gemm_edges(m, n, k):
             torch.testing.assert_close(J.linear(a, c, b).double(), want, atol=1e-4, rtol=1e-5)
 
 
-def test_long_sums_are_as_good_as_native():
+def check_long_sum(got, native, exact):
     """Rounding does not grow with the number of terms, which are all of one sign here."""
-    eps = torch.finfo(torch.float32).eps
+    allowed = 2 * (native.double() - exact).abs().max()
+    allowed += torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (got.double() - exact).abs().max() <= allowed
 
-    def check(got, native, exact):
-        allowed = 2 * (native.double() - exact).abs().max() + eps * exact.abs().max()
-        assert (got.double() - exact).abs().max() <= allowed
 
+@pytest.mark.parametrize("fill", [torch.full, lambda shape, _: torch.rand(shape)])
+def test_long_sums_are_as_good_as_native(fill):
+    x = fill((1 << 18, 3), 0.1)
+    check_long_sum(kernels.column_sum(x), x.sum(0), x.double().sum(0))
+
+
+@pytest.mark.cpu_only  # a GPU's kernel is for short sums, the others are cuBLAS's
+@pytest.mark.parametrize("fill", [torch.full, lambda shape, _: torch.rand(shape)])
+@pytest.mark.parametrize("rows", [1, 20])  # read in place, and packed
+def test_long_products_are_as_good_as_native(fill, rows):
     n = 1 << 18
-    for x in (torch.full((n, 3), 0.1), torch.rand(n, 3)):
-        check(kernels.column_sum(x), x.sum(0), x.double().sum(0))
-        for rows in (1, 20):  # read in place, and packed
-            a, w = x[:, :1].T.expand(rows, n).contiguous(), torch.rand(40, n)
-            check(kernels.linear(a, w), a @ w.T, a.double() @ w.double().T)
-            check(kernels.linear(a.T.contiguous().T, w), a @ w.T, a.double() @ w.double().T)
+    a, w = fill((1, n), 0.1).expand(rows, n).contiguous(), torch.rand(40, n)
+    native, exact = a @ w.T, a.double() @ w.double().T
+    check_long_sum(kernels.linear(a, w), native, exact)
+    check_long_sum(kernels.linear(a.T.contiguous().T, w), native, exact)
 
 
 INFINITE = torch.tensor([INF, -INF, NAN, 1.0])

@@ -52,10 +52,10 @@ def kernel(name="dropout::multiply<float>", arch=90, **opcodes):
 
 
 def test_what_the_tools_print():
-    assert gate.parse_usage(USAGE) == {(MANGLED, 90): {"REG": 48, "STACK": 0, "SHARED": 1024}}
-    opcodes = gate.parse_sass(SASS)[MANGLED, 90]
+    assert gate.parse_usage(USAGE.splitlines()) == {(MANGLED, 90): {"REG": 48, "STACK": 0, "SHARED": 1024}}
+    opcodes = gate.parse_sass(SASS.splitlines())[MANGLED, 90]
     assert opcodes == {"LDG.E.U16": 1, "LDG.E.128.CONSTANT": 1, "STG.E.128": 1, "STL": 1}
-    assert gate.parse_threads(ELF) == {(MANGLED, 90): 256}
+    assert gate.parse_threads(ELF.splitlines()) == {(MANGLED, 90): 256}
     assert gate.demangled([MANGLED])[MANGLED] == "dropout::multiply<Bf16, true>"
 
 
@@ -74,7 +74,7 @@ def test_a_good_kernel_passes():
         (kernel(LDG_E_128=1, STG_E_128=1, LDL=1), "1 accesses of local memory"),
         (kernel(LDG_E_64=1, STG_E_128=1), "no read of 16 bytes"),
         (kernel(LDG_E_128=1, STG_E=1), "no write of 16 bytes"),
-        (kernel("linear::tensor<F16>", LDGSTS_E_128=1, STG_E_128=1), "no tensor-core instruction"),
+        (kernel("linear::tensor<F16, false>", LDGSTS_E_128=1, STG_E_128=1), "no tensor-core instruction"),
     ],
 )
 def test_faults(k, fault):
@@ -83,8 +83,8 @@ def test_faults(k, fault):
 
 def test_turing_has_no_tensor_cores_for_bfloat16():
     opcodes = dict(LDG_E_128=1, STG_E_128=1)
-    assert kernel("linear::tensor<Bf16>", 75, **opcodes).faults() == []
-    assert kernel("linear::tensor<F16>", 75, **opcodes).faults()
+    assert kernel("linear::tensor<Bf16, true>", 75, **opcodes).faults() == []
+    assert kernel("linear::tensor<F16, true>", 75, **opcodes).faults()
 
 
 def test_a_spill_is_a_fault():

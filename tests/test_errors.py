@@ -272,6 +272,7 @@ def test_read_only_out():
     assert not any(memory)
 
 
+@pytest.mark.cpu_only  # where operands are packed
 def test_more_elements_than_memory_has(ours):
     """Strides of 0 make any number of elements out of one."""
     wide = torch.ones(1).expand(20, 2**58)

@@ -99,6 +99,7 @@ def test_what_torch_is_never_given(monkeypatch):
     torch.testing.assert_close(kernels.linear(negated, w[0]), negated @ w[0].T)
 
 
+@pytest.mark.cpu_only
 def test_auto_is_ours_where_nothing_was_measured(monkeypatch):
     monkeypatch.setattr(_gemm, "CHOICE", "auto")
     monkeypatch.setattr(_gemm, "_LIBRARY", None)
@@ -108,6 +109,7 @@ def test_auto_is_ours_where_nothing_was_measured(monkeypatch):
     assert not _gemm.torch_is_faster_for_gweight(x, w)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "library, dtype, m, k, n, classes",
     [
