@@ -12,8 +12,8 @@ export JACOBIAN_OPS_CUDA = $(CUDA)
 WORKERS ?= 2
 PYTEST_FLAGS ?=
 # Options of the bench, and of its limits.
-BENCH_FLAGS ?= --json results/bench.json --csv results/bench.csv --plot results/bench.png
-
+BENCH_FLAGS ?= $(if $(filter 1,$(CUDA)),--device cuda) \
+  --json results/bench.json --csv results/bench.csv --plot results/bench.png
 LIMITS_FLAGS ?= --sweep --json results/limits.json --markdown results/limits.md --plots results
 
 PY := $(VENV)/bin/python
@@ -37,6 +37,7 @@ $(ENVIRONMENT): pyproject.toml scripts/environment.py $(if $(TORCH),FORCE)
 # An editable install: Python sources are used in place, the native module is rebuilt in build/.
 $(BUILT): $(ENVIRONMENT) $(NATIVE) $(if $(filter 1,$(CUDA)),FORCE)
 	@echo "Building: the kernels are compiled once for each instruction set (a minute or two)."
+	@$(if $(filter 1,$(CUDA)),eval "$$($(PY) scripts/cuda_toolkit.py)" &&) \
 	PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONWARNINGS=ignore \
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
@@ -71,13 +72,12 @@ build/cuda_on_host-%: $(BUILT) FORCE
 test-cuda-on-host: build/cuda_on_host-checked  ## run the tests on the CUDA kernels, without a GPU
 	JACOBIAN_OPS_TEST_BACKEND="$$(echo $(abspath $<)/_cuda_on_host*.so)" $(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
-# With the address and undefined-behaviour sanitizers, which must be loaded first; without the
-# compiler's own threads and large sizes.
+# With the address and undefined-behaviour sanitizers, which must be loaded first.
 SANITIZERS = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
 sanitize-cuda-on-host: build/cuda_on_host-sanitize  ## the same with sanitizers, small sizes
 	JACOBIAN_OPS_TEST_BACKEND="$$(echo $(abspath $<)/_cuda_on_host*.so)" \
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-	$(PY) -m pytest -n $(WORKERS) -m "not compiles" $(PYTEST_FLAGS) tests/test_kernels.py \
+	$(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) tests/test_kernels.py \
 	  tests/test_accuracy.py tests/test_layouts.py tests/test_dropout.py tests/test_gradients.py \
 	  tests/cuda_on_host
 
@@ -90,7 +90,8 @@ cuda-gate: build/cuda_on_host-checked  ## compile the CUDA kernels and check wha
 	eval "$$($(PY) scripts/cuda_toolkit.py)" && \
 	cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DJACOBIAN_OPS_PYTHON=ON \
 	  -DJACOBIAN_OPS_TOOLS=OFF -DJACOBIAN_OPS_CUDA=ON \
-	  $(if $(filter all,$(ARCHS)),-UJACOBIAN_OPS_CUDA_ARCHS,-DJACOBIAN_OPS_CUDA_ARCHS="$(subst $(space),;,$(strip $(ARCHS)))") \
+	  $(if $(filter all,$(ARCHS)),-UJACOBIAN_OPS_CUDA_ARCHS, \
+	    -DJACOBIAN_OPS_CUDA_ARCHS="$(subst $(space),;,$(strip $(ARCHS)))") \
 	  -DPython_EXECUTABLE="$(abspath $(PY))" -Dpybind11_DIR="$$(pybind11-config --cmakedir)" && \
 	cmake --build build/cuda --target _cuda && \
 	$(PY) scripts/cuda_gate.py build/cuda/_cuda*.so --host $</_cuda_on_host*.so $(GATE_FLAGS)

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,8 +38,12 @@ LIMITS = {
 REGISTERS = 65536
 
 # Kernels for which accesses of 16 bytes, or tensor cores, are the point.
-WIDE = re.compile(r"^(activation|dropout)::|^softmax::(part_of_warp|warp|block)|^linear::tensor")
-TENSOR = re.compile(r"^linear::tensor")
+WIDE = re.compile(
+    r"^(activation::(pointwise|vjp_sum)|dropout::multiply|columns::sum_parts"
+    r"|softmax::(team|block|sweep)|linear::(tensor|tiles))<"
+)
+WRITES_ONE = re.compile(r"^columns::sum_parts<")  # number a column, and these are few
+TENSOR = re.compile(r"^linear::tensor<")
 
 
 @dataclass
@@ -96,7 +101,7 @@ class Kernel:
             reads = self.accesses("LDG") + self.accesses("LDGSTS")
             if not reads[128]:
                 found.append("no read of 16 bytes")
-            if not self.accesses("STG")[128]:
+            if not WRITES_ONE.search(self.name) and not self.accesses("STG")[128]:
                 found.append("no write of 16 bytes")
         turing = self.arch < 80 and "Bf16" in self.name  # has no such tensor cores
         if TENSOR.search(self.name) and not turing and not self.count("HMMA"):
@@ -139,10 +144,10 @@ def demangled(names: list[str]) -> dict[str, str]:
     return short
 
 
-def parse_usage(text: str) -> dict[tuple[str, int], dict[str, int]]:
+def parse_usage(lines: Iterable[str]) -> dict[tuple[str, int], dict[str, int]]:
     """``cuobjdump -res-usage``: registers and memory by (kernel, architecture)."""
     arch, name, usage = 0, None, {}
-    for line in text.splitlines():
+    for line in lines:
         if m := re.match(r"arch = sm_(\d+)", line.strip()):
             arch = int(m[1])
         elif m := re.match(r"\s*Function (\S+):", line):
@@ -154,11 +159,11 @@ def parse_usage(text: str) -> dict[tuple[str, int], dict[str, int]]:
     return usage
 
 
-def parse_sass(text: str) -> dict[tuple[str, int], Counter]:
+def parse_sass(lines: Iterable[str]) -> dict[tuple[str, int], Counter]:
     """``cuobjdump -sass``: opcodes by (kernel, architecture)."""
     arch, counter, found = 0, None, {}
     instruction = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
-    for line in text.splitlines():
+    for line in lines:
         if m := re.match(r"arch = sm_(\d+)", line.strip()):
             arch = int(m[1])
         elif m := re.match(r"\s*Function : (\S+)", line):
@@ -168,10 +173,10 @@ def parse_sass(text: str) -> dict[tuple[str, int], Counter]:
     return found
 
 
-def parse_threads(text: str) -> dict[tuple[str, int], int]:
+def parse_threads(lines: Iterable[str]) -> dict[tuple[str, int], int]:
     """``cuobjdump -elf``: the threads of __launch_bounds__ by (kernel, architecture)."""
     arch, name, asked, found = 0, None, False, {}
-    for line in text.splitlines():
+    for line in lines:
         if m := re.match(r"arch = sm_(\d+)", line.strip()):
             arch = int(m[1])
         elif m := re.match(r"\.nv\.info\.(\S+)", line):
@@ -191,18 +196,17 @@ def read(module: Path) -> list[Kernel]:
     environment = os.environ | {"NVDISASM_PATH": disassembler}
     environment["PATH"] = f"{Path(disassembler).parent}:{environment['PATH']}"
 
-    def dump(option):
+    def dump(option, parse):  # line by line: it is gigabytes
         command = [cuobjdump, option, str(module)]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
+            parsed = parse(run.stdout)
         if run.returncode:
-            sys.exit(f"{' '.join(command)}: {run.stderr}")
-        return run.stdout
+            sys.exit(f"{' '.join(command)}: exit status {run.returncode}")
+        return parsed
 
-    usage, sass, threads = (
-        parse_usage(dump("-res-usage")),
-        parse_sass(dump("-sass")),
-        parse_threads(dump("-elf")),
-    )
+    usage = dump("-res-usage", parse_usage)
+    sass = dump("-sass", parse_sass)
+    threads = dump("-elf", parse_threads)
     names = demangled(sorted({name for name, _ in usage}))
     kernels = []
     for (name, arch), used in usage.items():
