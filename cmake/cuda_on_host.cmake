@@ -14,14 +14,17 @@ add_library(cuda_on_host_flags INTERFACE)
 target_include_directories(cuda_on_host_flags INTERFACE csrc ${shim})
 target_compile_definitions(cuda_on_host_flags INTERFACE JOPS_ISA=cuda)
 target_compile_options(cuda_on_host_flags INTERFACE
-  -O2 -g -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas)
+  -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas)
+# -g1: lines for messages, no more.
+set(kernel_options -O2 -g1)
+set(module_options -O1)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   target_compile_options(cuda_on_host_flags INTERFACE -mf16c -mfma)
 endif()
 if(JACOBIAN_OPS_CUDA_ON_HOST STREQUAL "sanitize")
   # A null pointer faults by itself, and there are no virtual functions: without these checks, and at -O1, compiling
   # the activations takes 35 s instead of 160.
-  target_compile_options(cuda_on_host_flags INTERFACE -O1 -fno-omit-frame-pointer
+  set(kernel_options -O1 -g1 -fno-omit-frame-pointer
     -fsanitize=address,undefined -fno-sanitize=null,object-size,vptr -fno-sanitize-recover=all)
   target_link_options(cuda_on_host_flags INTERFACE -fsanitize=address,undefined)
 elseif(JACOBIAN_OPS_CUDA_ON_HOST STREQUAL "checked")
@@ -35,6 +38,7 @@ endif()
 # Compiled apart from the kernels, as its own accesses are not theirs.
 add_library(cuda_on_host STATIC ${shim}/fiber.cpp ${shim}/machine.cpp ${machine_checks})
 target_link_libraries(cuda_on_host PUBLIC cuda_on_host_flags ${CMAKE_DL_LIBS})
+target_compile_options(cuda_on_host PRIVATE ${kernel_options})
 
 # A Python module of the .cu files `kernels` and of other sources.
 function(add_cuda_on_host_module name kernels)
@@ -47,11 +51,12 @@ function(add_cuda_on_host_module name kernels)
     list(APPEND wrapped ${wrapper})
   endforeach()
   add_library(${name}_kernels OBJECT ${wrapped})
-  target_compile_options(${name}_kernels PRIVATE ${kernel_checks})
+  target_compile_options(${name}_kernels PRIVATE ${kernel_options} ${kernel_checks})
   target_link_libraries(${name}_kernels PRIVATE cuda_on_host_flags)
   pybind11_add_module(${name} NO_EXTRAS ${ARGN} ${shim}/facts.cpp $<TARGET_OBJECTS:${name}_kernels>)
   target_compile_definitions(${name} PRIVATE JOPS_MODULE=${name} JOPS_VERSION="${PROJECT_VERSION}"
     CUDA_ON_HOST_VARIANT="${JACOBIAN_OPS_CUDA_ON_HOST}")
+  target_compile_options(${name} PRIVATE ${module_options})
   target_link_libraries(${name} PRIVATE cuda_on_host)
 endfunction()
 

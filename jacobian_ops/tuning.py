@@ -20,8 +20,8 @@ from . import _backend
 
 __all__ = ["autotune"]
 
-# Steps (see :func:`steps`), by dtype, up to which one kernel of ours does product and epilogue.  Not
-# measured: in about this many a multiprocessor spends what two launches cost.
+# Steps (see :func:`steps`), by dtype, up to which one kernel of ours does product and epilogue.
+# Not measured: in about this many a multiprocessor spends what two launches cost.
 BUILT_IN = {
     torch.float32: 512,
     torch.float64: 256,

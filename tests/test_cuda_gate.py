@@ -52,7 +52,8 @@ def kernel(name="dropout::multiply<float>", arch=90, **opcodes):
 
 
 def test_what_the_tools_print():
-    assert gate.parse_usage(USAGE.splitlines()) == {(MANGLED, 90): {"REG": 48, "STACK": 0, "SHARED": 1024}}
+    usage = gate.parse_usage(USAGE.splitlines())
+    assert usage == {(MANGLED, 90): {"REG": 48, "STACK": 0, "SHARED": 1024}}
     opcodes = gate.parse_sass(SASS.splitlines())[MANGLED, 90]
     assert opcodes == {"LDG.E.U16": 1, "LDG.E.128.CONSTANT": 1, "STG.E.128": 1, "STL": 1}
     assert gate.parse_threads(ELF.splitlines()) == {(MANGLED, 90): 256}
@@ -74,7 +75,10 @@ def test_a_good_kernel_passes():
         (kernel(LDG_E_128=1, STG_E_128=1, LDL=1), "1 accesses of local memory"),
         (kernel(LDG_E_64=1, STG_E_128=1), "no read of 16 bytes"),
         (kernel(LDG_E_128=1, STG_E=1), "no write of 16 bytes"),
-        (kernel("linear::tensor<F16, false>", LDGSTS_E_128=1, STG_E_128=1), "no tensor-core instruction"),
+        (
+            kernel("linear::tensor<F16, false>", LDGSTS_E_128=1, STG_E_128=1),
+            "no tensor-core instruction",
+        ),
     ],
 )
 def test_faults(k, fault):

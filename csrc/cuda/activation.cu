@@ -91,9 +91,9 @@ void vjp_sum(const Act& act, const Rows& rows, const Buffer& x, const Buffer& gy
     const std::int64_t strips = (rows.inner + width - 1) / width;
     const int parts = column_parts(rows.n);
     auto* partial = static_cast<Compute<T>*>(exec.workspace);
-    dev::launch<activation::vjp_sum<T>>(dim3(all_blocks(strips * rows.outer), parts), columns::kThreads,
-                                        0, dev::stream_of(exec), activation::Function<T>(act), t,
-                                        rows, parts, partial, Dropout<Compute<T>>(mask, x.size));
+    dev::launch<activation::vjp_sum<T>>(
+        dim3(all_blocks(strips * rows.outer), parts), columns::kThreads, 0, dev::stream_of(exec),
+        activation::Function<T>(act), t, rows, parts, partial, Dropout<Compute<T>>(mask, x.size));
   });
   sum_partials(rows, sum, exec);
 }

@@ -24,8 +24,8 @@ void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
     const int parts = column_parts(x.rows);
     const bool packs = packs_at(x.data) && x.col_stride == 1 && x.cols % kPack<T> == 0 &&
                        x.row_stride % kPack<T> == 0 && x.batch_stride % kPack<T> == 0;
-    dev::launch<columns::sum_parts<T>>(dim3(all_blocks(strips * x.batch), parts), columns::kThreads, 0,
-                                       dev::stream_of(exec), x, packs, parts,
+    dev::launch<columns::sum_parts<T>>(dim3(all_blocks(strips * x.batch), parts), columns::kThreads,
+                                       0, dev::stream_of(exec), x, packs, parts,
                                        static_cast<Compute<T>*>(exec.workspace));
   });
   sum_partials({x.batch, x.rows, x.cols}, y, exec);

@@ -9,6 +9,8 @@ void register_activation(Kernels& table);
 void register_columns(Kernels& table);
 void register_dropout(Kernels& table);
 void register_linear(Kernels& table);
+void register_log_softmax(Kernels& table);
 void register_softmax(Kernels& table);
+void register_softmax_dropout(Kernels& table);
 
 }  // namespace jops::JOPS_ISA

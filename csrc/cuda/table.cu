@@ -11,7 +11,9 @@ const Kernels& kernels() {
     JOPS_ISA::register_columns(all);
     JOPS_ISA::register_dropout(all);
     JOPS_ISA::register_linear(all);
+    JOPS_ISA::register_log_softmax(all);
     JOPS_ISA::register_softmax(all);
+    JOPS_ISA::register_softmax_dropout(all);
     return checked(all);
   }();
   return table;

@@ -1,0 +1,105 @@
+// Launches of the softmax family: which geometry serves a row is decided here, from its length.
+#pragma once
+
+#include "dtypes.h"
+#include "families.h"
+#include "softmax.cuh"
+
+namespace jops::JOPS_ISA::softmax {
+
+// Packs that a thread holds of each input: 16 numbers of float32, 32 of 16 bits; of four inputs
+// half of them, which is what 128 registers hold.
+template <class Row>
+constexpr int kHeld = Row::kIn < 4 ? 4 : 2;
+
+template <class Row, class T, bool kMasked, int kLanes, int kPacks>
+void launch_team(const Call<Row, T>& call, const Exec& exec) {
+  constexpr int kRows = kTeamThreads / kLanes;
+  dev::launch<team<Row, T, kMasked, kLanes, kPacks>>(
+      all_blocks((call.outer + kRows - 1) / kRows), kTeamThreads, 0, dev::stream_of(exec),
+      call);
+}
+
+template <class Row, class T, bool kMasked>
+void launch(const Call<Row, T>& call, const Exec& exec) {
+  if (call.inner > 1) {
+    const std::int64_t strips = (call.outer * call.inner + kWidth - 1) / kWidth;
+    dev::launch<columns<Row, T, kMasked>>(all_blocks(strips),
+                                                   kWidth * kLines, 0,
+                                                   dev::stream_of(exec), call);
+    return;
+  }
+  const std::int64_t packs = (call.n + kPack<T> - 1) / kPack<T>;
+  if (packs <= 8 * 2) return launch_team<Row, T, kMasked, 8, 2>(call, exec);
+  if (packs <= dev::kWarp * kHeld<Row>) {
+    return launch_team<Row, T, kMasked, dev::kWarp, kHeld<Row>>(call, exec);
+  }
+  if (packs <= kBlockThreads * kHeld<Row>) {
+    const auto warps =
+        static_cast<unsigned>((packs + dev::kWarp * kHeld<Row> - 1) / (dev::kWarp * kHeld<Row>));
+    dev::launch<block<Row, T, kMasked, kHeld<Row>>>(all_blocks(call.outer), warps * dev::kWarp,
+                                                             0, dev::stream_of(exec), call);
+    return;
+  }
+  dev::launch<sweep<Row, T, kMasked>>(all_blocks(call.outer), kBlockThreads, 0,
+                                               dev::stream_of(exec), call);
+}
+
+template <class Row, bool kMasked = false>
+void launch(const Rows& rows, const Buffer (&in)[Row::kIn], const Buffer (&out)[Row::kOut],
+            const Exec& exec, const Mask& mask = {}) {
+  with_storage(in[0].dtype, [&](auto storage) {
+    using T = decltype(storage);
+    Call<Row, T> call{};
+    call.packs = rows.n % kPack<T> == 0;
+    for (int k = 0; k < Row::kIn; ++k) {
+      call.in[k] = static_cast<const T*>(in[k].data);
+      call.packs = call.packs && packs_at(in[k].data);
+    }
+    for (int k = 0; k < Row::kOut; ++k) {
+      call.out[k] = static_cast<T*>(out[k].data);
+      call.packs = call.packs && packs_at(out[k].data);
+    }
+    call.outer = rows.outer;
+    call.n = rows.n;
+    call.inner = rows.inner;
+    call.scale = static_cast<Compute<T>>(rows.scale);
+    call.dropout = Dropout<Compute<T>>(mask, in[0].size);
+    launch<Row, T, kMasked>(call, exec);
+  });
+}
+
+// The tangents that are given decide which struct runs.
+template <template <bool, bool> class Row>
+void vjp_jvp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& ty,
+             const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec& exec) {
+  if (!ty.given())
+    launch<Row<false, true>>(rows, {y, gy, tgy}, {gx, tgx}, exec);
+  else if (!tgy.given())
+    launch<Row<true, false>>(rows, {y, gy, ty}, {gx, tgx}, exec);
+  else
+    launch<Row<true, true>>(rows, {y, gy, ty, tgy}, {gx, tgx}, exec);
+}
+
+// Entries of the table, by their numbers of inputs and outputs.
+template <class Row>
+void one_to_one(const Rows& rows, const Buffer& x, const Buffer& y, const Exec& exec) {
+  launch<Row>(rows, {x}, {y}, exec);
+}
+template <class Row>
+void two_to_one(const Rows& rows, const Buffer& a, const Buffer& b, const Buffer& y,
+                const Exec& exec) {
+  launch<Row>(rows, {a, b}, {y}, exec);
+}
+template <class Row>
+void two_to_two(const Rows& rows, const Buffer& a, const Buffer& b, const Buffer& y,
+                const Buffer& z, const Exec& exec) {
+  launch<Row>(rows, {a, b}, {y, z}, exec);
+}
+template <class Row>
+void three_to_two(const Rows& rows, const Buffer& a, const Buffer& b, const Buffer& c,
+                  const Buffer& y, const Buffer& z, const Exec& exec) {
+  launch<Row>(rows, {a, b, c}, {y, z}, exec);
+}
+
+}  // namespace jops::JOPS_ISA::softmax
