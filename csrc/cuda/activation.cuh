@@ -13,9 +13,7 @@ constexpr int kThreads = 256;
 
 // Packs of each tensor that a thread has on the way: enough bytes in flight, few enough registers.
 template <class Op>
-constexpr int kPacks = Op::kIn == 1   ? 4
-                       : Op::kIn == 2 ? 2
-                                      : 1;
+constexpr int kPacks = Op::kIn == 1 ? 2 : 1;
 template <class Op, class T>
 constexpr int kTile = kThreads * kPacks<Op> * kPack<T>;  // elements of a block's turn
 

@@ -48,10 +48,23 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(jops_dynamic_shared);
 }
 
+// Sixteen bytes of global memory as one access: the compiler would take an assignment apart where
+// it joins it with stores of single numbers in another branch.
 __device__ __forceinline__ uint4 load16(const void* global) {
-  return *static_cast<const uint4*>(global);
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(global)));
+  return v;
 }
-__device__ __forceinline__ void store16(void* global, uint4 v) { *static_cast<uint4*>(global) = v; }
+__device__ __forceinline__ void store16(void* global, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store16_shared(void* shared, uint4 v) {
+  *static_cast<uint4*>(shared) = v;
+}
 
 // Keeps the compiler from computing with v before this point, and thus from holding both v and what
 // it is converted to in registers.
@@ -105,7 +118,7 @@ __device__ __forceinline__ void cp_async16(void* shared_to, const void* global_f
                "l"(__cvta_generic_to_global(global_from)), "r"(valid ? 16 : 0)
                : "memory");
 #else
-  *static_cast<uint4*>(shared_to) = valid ? load16(global_from) : uint4{};
+  store16_shared(shared_to, valid ? load16(global_from) : uint4{});
 #endif
 }
 __device__ __forceinline__ void cp_async_commit() {

@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kTensorThreads, 1) tensor(Call<T> call) {
             const T* from = a.at(place.batch, first + line, k0 + k, &valid);
             dev::cp_async16(&lines[line].of[k], from, valid);
           } else {
-            dev::store16(&lines[line].of[k], a.gather(place.batch, first + line, k0 + k));
+            dev::store16_shared(&lines[line].of[k], a.gather(place.batch, first + line, k0 + k));
           }
         } else {
           const int line = i % (kTensorSide / kEach) * kEach, k = i / (kTensorSide / kEach);

@@ -5,15 +5,15 @@ namespace jops::JOPS_ISA {
 namespace {
 
 void forward(const Rows& rows, const Buffer& x, const Buffer& y, const Mask& mask,
-                     const Exec& exec) {
+             const Exec& exec) {
   softmax::launch<SoftmaxRow, true>(rows, {x}, {y}, exec, mask);
 }
-void vjp(const Rows& rows, const Buffer& x, const Buffer& gy, const Buffer& gx,
-                         const Mask& mask, const Exec& exec) {
+void vjp(const Rows& rows, const Buffer& x, const Buffer& gy, const Buffer& gx, const Mask& mask,
+         const Exec& exec) {
   softmax::launch<SoftmaxDropoutVjpRow, true>(rows, {x, gy}, {gx}, exec, mask);
 }
-void jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y,
-                         const Buffer& ty, const Mask& mask, const Exec& exec) {
+void jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y, const Buffer& ty,
+         const Mask& mask, const Exec& exec) {
   softmax::launch<SoftmaxJvpRow, true>(rows, {x, tx}, {y, ty}, exec, mask);
 }
 

@@ -7,42 +7,40 @@
 
 namespace jops::JOPS_ISA::softmax {
 
-// Packs that a thread holds of each input: 16 numbers of float32, 32 of 16 bits; of four inputs
-// half of them, which is what 128 registers hold.
-template <class Row>
-constexpr int kHeld = Row::kIn < 4 ? 4 : 2;
+// Packs that a thread holds of each input: 16 numbers of float32, 32 of 16 bits; half of them where
+// four inputs, or two and a mask, would not fit into 128 registers.
+template <class Row, bool kMasked>
+constexpr int kHeld = Row::kIn + (kMasked ? 2 : 0) < 4 ? 4 : 2;
 
 template <class Row, class T, bool kMasked, int kLanes, int kPacks>
 void launch_team(const Call<Row, T>& call, const Exec& exec) {
   constexpr int kRows = kTeamThreads / kLanes;
-  dev::launch<team<Row, T, kMasked, kLanes, kPacks>>(
-      all_blocks((call.outer + kRows - 1) / kRows), kTeamThreads, 0, dev::stream_of(exec),
-      call);
+  dev::launch<team<Row, T, kMasked, kLanes, kPacks>>(all_blocks((call.outer + kRows - 1) / kRows),
+                                                     kTeamThreads, 0, dev::stream_of(exec), call);
 }
 
 template <class Row, class T, bool kMasked>
 void launch(const Call<Row, T>& call, const Exec& exec) {
   if (call.inner > 1) {
     const std::int64_t strips = (call.outer * call.inner + kWidth - 1) / kWidth;
-    dev::launch<columns<Row, T, kMasked>>(all_blocks(strips),
-                                                   kWidth * kLines, 0,
-                                                   dev::stream_of(exec), call);
+    dev::launch<columns<Row, T, kMasked>>(all_blocks(strips), kWidth * kLines, 0,
+                                          dev::stream_of(exec), call);
     return;
   }
   const std::int64_t packs = (call.n + kPack<T> - 1) / kPack<T>;
   if (packs <= 8 * 2) return launch_team<Row, T, kMasked, 8, 2>(call, exec);
-  if (packs <= dev::kWarp * kHeld<Row>) {
-    return launch_team<Row, T, kMasked, dev::kWarp, kHeld<Row>>(call, exec);
+  if (packs <= dev::kWarp * kHeld<Row, kMasked>) {
+    return launch_team<Row, T, kMasked, dev::kWarp, kHeld<Row, kMasked>>(call, exec);
   }
-  if (packs <= kBlockThreads * kHeld<Row>) {
-    const auto warps =
-        static_cast<unsigned>((packs + dev::kWarp * kHeld<Row> - 1) / (dev::kWarp * kHeld<Row>));
-    dev::launch<block<Row, T, kMasked, kHeld<Row>>>(all_blocks(call.outer), warps * dev::kWarp,
-                                                             0, dev::stream_of(exec), call);
+  if (packs <= kBlockThreads * kHeld<Row, kMasked>) {
+    const auto warps = static_cast<unsigned>((packs + dev::kWarp * kHeld<Row, kMasked> - 1) /
+                                             (dev::kWarp * kHeld<Row, kMasked>));
+    dev::launch<block<Row, T, kMasked, kHeld<Row, kMasked>>>(
+        all_blocks(call.outer), warps * dev::kWarp, 0, dev::stream_of(exec), call);
     return;
   }
   dev::launch<sweep<Row, T, kMasked>>(all_blocks(call.outer), kBlockThreads, 0,
-                                               dev::stream_of(exec), call);
+                                      dev::stream_of(exec), call);
 }
 
 template <class Row, bool kMasked = false>

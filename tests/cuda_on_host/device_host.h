@@ -140,6 +140,8 @@ inline void store16(void* global, uint4 v) {
   *static_cast<Words16*>(global) = Words16{v.x, v.y, v.z, v.w};
 }
 
+inline void store16_shared(void* shared, uint4 v) { store16(shared, v); }
+
 inline void opaque(std::uint32_t&) {}
 
 template <class T>
