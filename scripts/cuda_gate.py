@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -196,17 +197,23 @@ def read(module: Path) -> list[Kernel]:
     environment = os.environ | {"NVDISASM_PATH": disassembler}
     environment["PATH"] = f"{Path(disassembler).parent}:{environment['PATH']}"
 
-    def dump(option, parse):  # line by line: it is gigabytes
-        command = [cuobjdump, option, str(module)]
+    def dump(parse, *options):  # line by line: it is gigabytes
+        command = [cuobjdump, *options, str(module)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
             parsed = parse(run.stdout)
         if run.returncode:
             sys.exit(f"{' '.join(command)}: exit status {run.returncode}")
         return parsed
 
-    usage = dump("-res-usage", parse_usage)
-    sass = dump("-sass", parse_sass)
-    threads = dump("-elf", parse_threads)
+    usage = dump(parse_usage, "-res-usage")
+    threads = dump(parse_threads, "-elf")
+    sass = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part in pool.map(
+            lambda arch: dump(parse_sass, "-sass", "-arch", f"sm_{arch}"),
+            sorted({arch for _, arch in usage}),
+        ):
+            sass |= part
     names = demangled(sorted({name for name, _ in usage}))
     kernels = []
     for (name, arch), used in usage.items():
