@@ -118,10 +118,12 @@ wheel: $(ENVIRONMENT)  ## build a wheel into dist/
 check-wheel: $(ENVIRONMENT)  ## install one wheel beside two torch versions (TORCHES=) and test it
 	$(PY) scripts/check_wheel.py $(TORCHES)
 
-cpp: $(ENVIRONMENT)  ## build the C++ library and its example without Python, and run them
+# In the folder of the Python module, whose library is compiled already.
+cpp: $(BUILT)  ## build the example in C++ and the library's self-check, and run them
 	PATH="$(abspath $(VENV))/bin:$$PATH" && \
-	cmake -B build/cpp -G Ninja && cmake --build build/cpp && \
-	ctest --test-dir build/cpp --output-on-failure
+	tree=build/python-$$($(PY) -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))') && \
+	cmake -S . -B $$tree -DJACOBIAN_OPS_TOOLS=ON && cmake --build $$tree && \
+	ctest --test-dir $$tree --output-on-failure
 
 check-aarch64: $(ENVIRONMENT)  ## cross-compile for aarch64 and run the C++ self-check under qemu
 	PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check_aarch64.sh
