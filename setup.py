@@ -1,7 +1,8 @@
 """Builds the native modules by calling CMake, whose files are the one description of the build.
 
 JACOBIAN_OPS_CUDA=1 or 0 says whether the CUDA kernels are built, by default where CMake finds a
-toolkit; JACOBIAN_OPS_CUDA_ARCHS for which GPUs, as "80;90".
+toolkit; JACOBIAN_OPS_CUDA_ARCHS for which GPUs, as "80;90"; JACOBIAN_OPS_ISAS for which instruction
+sets of the CPU, as "avx2;avx512".
 """
 
 import os
@@ -36,9 +37,9 @@ class CMakeBuild(build_ext):
             # Build isolation gives a new ninja each time: look for it again.
             "-UCMAKE_MAKE_PROGRAM",
         ]
-        archs = os.environ.get("JACOBIAN_OPS_CUDA_ARCHS")
-        if archs:
-            configure.append(f"-DJACOBIAN_OPS_CUDA_ARCHS={archs}")
+        for name in ("JACOBIAN_OPS_ISAS", "JACOBIAN_OPS_CUDA_ARCHS"):
+            value = os.environ.get(name)
+            configure.append(f"-D{name}={value}" if value else f"-U{name}")
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS")
         command = ["cmake", "--build", str(build)]

@@ -9,7 +9,7 @@
 #include <stdexcept>
 
 #include "checked.h"
-#include "isa.h"
+#include "isas.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
