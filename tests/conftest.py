@@ -12,10 +12,14 @@ import importlib.util
 import hypothesis
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import jacobian_ops.functional
 import jacobian_ops.kernels._gemm
 from jacobian_ops import _backend
+
+from . import cases
 
 # A native module that CPU tensors are sent to instead: `make test-cuda-on-host` tests the CUDA
 # kernels without a GPU.
@@ -58,8 +62,20 @@ def ours(monkeypatch):
     monkeypatch.setattr(jacobian_ops.kernels._gemm, "CHOICE", "own")
 
 
+def _move_tensors(module, device, monkeypatch):
+    """Put the tensors that a module made when it was imported on ``device`` for one test."""
+
+    def moved(t):
+        return t.detach().to(device).requires_grad_(t.requires_grad)
+
+    for name, value in list(vars(module).items()):
+        leaves = tree_leaves(value) if isinstance(value, (Tensor, tuple, list, dict)) else ()
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            monkeypatch.setattr(module, name, tree_map_only(Tensor, moved, value))
+
+
 @pytest.fixture(autouse=True)
-def _same_start(request):
+def _same_start(request, monkeypatch):
     """Seed, threads, device and compile caches as if each test ran alone."""
     device = getattr(request, "param", "cpu")
     torch.manual_seed(0)
@@ -67,6 +83,8 @@ def _same_start(request):
     torch._dynamo.reset()
     if device != "cpu":
         torch.set_default_device(device)
+        for module in (request.module, cases):
+            _move_tensors(module, device, monkeypatch)
     yield
     if device != "cpu":
         torch.set_default_device(None)

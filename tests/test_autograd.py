@@ -102,9 +102,9 @@ def test_inplace_under_transforms():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    """Linear runs low, the rest as given, as on native CPU; gradients keep their dtype."""
+    """Dtypes as of native ops on the device; gradients keep theirs."""
     x, w, b = (torch.randn(s, requires_grad=True) for s in ((6, 4), (5, 4), (5,)))
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(torch.get_default_device().type, dtype):
         for ours, native in (
             (J.linear(x, w, b), F.linear(x, w, b)),
             (J.linear_act_dropout(x, w, b, "relu"), F.relu(F.linear(x, w, b))),
@@ -118,7 +118,7 @@ def test_autocast(dtype):
         g = torch.autograd.grad(y.float().sum(), (x, w, b), create_graph=True)
     assert [t.dtype for t in g] == [torch.float32] * 3
     double = torch.randn(3, 4, dtype=torch.float64)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(torch.get_default_device().type, dtype):
         f = torch.func.grad(
             lambda z: torch.func.grad(lambda u: J.softmax(u, -1).sin().sum())(z).sum()
         )
@@ -154,7 +154,7 @@ def test_torch_function_gets_the_call_first():
 
 
 def test_function_modes():
-    with torch.device("cpu"):
+    with torch.device(torch.get_default_device()):
         assert J.relu(torch.ones(3)).sum() == 3
         assert J.linear(torch.ones(3, 3), torch.ones(3, 3)).sum() == 27
 

@@ -211,7 +211,9 @@ def test_each_argument_that_is_no_tensor_is_named():
     raises(TypeError, "linear_vjp: gy must be Tensor", lambda: kernels.linear_vjp(X, W, None))
     raises(TypeError, "x must be Tensor, not list", lambda: kernels.activation([1.0], "relu"))
     raises(
-        TypeError, "gy must be Tensor, not ndarray", lambda: kernels.softmax_vjp(X, X.numpy(), 1)
+        TypeError,
+        "gy must be Tensor, not ndarray",
+        lambda: kernels.softmax_vjp(X, X.cpu().numpy(), 1),
     )
 
 

@@ -189,7 +189,7 @@ __device__ __forceinline__ void mma_16816(float (&c)[4], const std::uint32_t (&a
     const auto high = [](std::uint32_t v) { return __uint_as_float(v & 0xffff0000u); };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll
+#pragma unroll 1
       for (int j = 0; j < 4; ++j) {
         const std::uint32_t a0 = __shfl_sync(~0u, a[2 * half], row + j);
         const std::uint32_t a1 = __shfl_sync(~0u, a[2 * half + 1], row + j);
