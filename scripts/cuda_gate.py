@@ -247,30 +247,33 @@ def widths(kernels: list[Kernel], kind: str) -> str:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """Rows of Markdown: a kernel template and an architecture, ranges over the storage types."""
-    rows = [
-        "| kernel | sm | variants | threads | registers | shared | spills | local | loads | stores "
-        "| async | tensor | occupancy % |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple[str, int], list[Kernel]] = {}
+    """Rows of Markdown: one for a kernel template, ranges over storage types."""
+    archs = sorted({k.arch for k in kernels})
+    titles = (
+        *("kernel", "types", "threads", "shared", "spills, local", "loads", "stores", "tensor"),
+        *(f"sm_{arch}" for arch in archs),
+    )
+    rows = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    groups: dict[str, list[Kernel]] = {}
     for k in kernels:
-        groups.setdefault((k.family, k.arch), []).append(k)
-    for (family, arch), group in sorted(groups.items()):
+        groups.setdefault(k.family, []).append(k)
+    for family, group in sorted(groups.items()):
+        of = {arch: [k for k in group if k.arch == arch] for arch in archs}
+        reads = widths(group, "LDG") + (", async" if widths(group, "LDGSTS") != "-" else "")
         cells = (
             f"`{family}`",
-            arch,
-            len(group),
+            len(group) // len([a for a in archs if of[a]]),
             spread([k.threads for k in group]),
-            spread([k.registers for k in group]),
             spread([k.shared for k in group]),
-            spread([k.stack for k in group]),
-            spread([k.count("LDL", "STL") for k in group]),
-            widths(group, "LDG"),
+            sum(k.stack for k in group) + sum(k.count("LDL", "STL") for k in group),
+            reads,
             widths(group, "STG"),
-            widths(group, "LDGSTS"),
             spread([k.count("HMMA") for k in group]),
-            spread([round(100 * k.occupancy) for k in group]),
+            *(
+                f"{spread([k.registers for k in of[arch]])}, "
+                f"{spread([round(100 * k.occupancy) for k in of[arch]])} %"
+                for arch in archs
+            ),
         )
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
@@ -341,8 +344,9 @@ HEADER = """\
 
 Made by `make cuda-gate`, which fails where a kernel spills, uses local memory, or misses the
 accesses of 16 bytes or the tensor-core instructions that it is made for. No time was measured on a
-GPU yet. Variants are storage types; a range is over them. Widths are in bits. Occupancy is the
-theoretical one, from registers, shared memory and threads.
+GPU yet. A range is over the storage types. Shared memory is in bytes, widths of global loads and
+stores are in bits, tensor are HMMA instructions; below an architecture are registers of a thread
+and the theoretical occupancy from registers, shared memory and threads.
 """
 
 TRAFFIC = """
@@ -350,7 +354,7 @@ TRAFFIC = """
 
 In float32, counted while the kernels ran on the host (tests/cuda_on_host); the least is each
 input read once and each output written once. Where more is read, a row or a column is too long to
-be held.
+be held; a seed of dropout, 8 bytes that are in the cache, is counted at each of its reads.
 """
 
 

@@ -66,7 +66,10 @@ def test_a_good_kernel_passes():
     assert k.accesses("LDG") == {128: 2, 32: 3, 16: 1}
     assert k.occupancy == 1.0
     assert k.family == "dropout::multiply"
-    assert "| `dropout::multiply` | 90 | 1 | 256 | 32 |" in gate.table([k])
+    lines = gate.table([k, kernel(arch=80)]).splitlines()
+    assert lines[0].endswith("| tensor | sm_80 | sm_90 |")
+    assert lines[2].startswith("| `dropout::multiply` | 1 | 256 | 0 | 0 | 128/32/16 | 128 | 0 |")
+    assert lines[2].endswith("| 32, 100 % | 32, 100 % |")
 
 
 @pytest.mark.parametrize(

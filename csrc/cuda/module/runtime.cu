@@ -23,10 +23,9 @@ std::string cuda_unusable(const std::string& architectures) {
   if (error == cudaErrorInsufficientDriver) {
     int driver = 0;
     cudaDriverGetVersion(&driver);
-    return built + ", and the driver " +
-           (driver ? "is one for CUDA " + dotted(driver) + ": update it"
-                   : std::string("is not there: install it")) +
-           ", or build jacobian_ops with an older toolkit";
+    if (driver == 0) return built + ", and there is no driver";
+    return built + ", and the driver is one for CUDA " + dotted(driver) +
+           ": update it, or build jacobian_ops with an older toolkit";
   }
   if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
     return built + ", and no GPU was found";
