@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
 
   LongSum<A> long_sum[kEach];
   if (count > 0) {
-#pragma unroll 4
+#pragma unroll 2
     for (std::int64_t row = first + line; row < last; row += kLines) {
       const T* at = from + row * x.row_stride;
       A numbers[kEach];
