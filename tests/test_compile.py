@@ -152,9 +152,10 @@ def test_inplace():
 
 def test_autocast():
     x, w, b = torch.randn(6, 4, requires_grad=True), torch.randn(4, 4), torch.randn(4)
+    device = x.device.type
 
     def f(x):
-        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return J.linear_act_dropout(x, w, b)
 
     y = compiled(f)(x)

@@ -12,9 +12,8 @@ from jacobian_ops import _backend, _cpu, kernels
 
 from .conftest import DEVICES, ON_HOST
 
-pytestmark = pytest.mark.skipif(
-    not ON_HOST and "cuda" not in DEVICES, reason="no GPU, and not make test-cuda-on-host"
-)
+if not ON_HOST and "cuda" not in DEVICES:
+    pytest.skip("no GPU, and not make test-cuda-on-host", allow_module_level=True)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
