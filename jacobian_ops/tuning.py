@@ -1,8 +1,9 @@
-"""Which sizes one fused kernel computes on a GPU, and which cuBLASLt does: measured on yours.
+"""Which products a kernel of ours computes on a GPU, and which cuBLASLt does: measured on yours.
 
 ``linear_act_dropout`` and its JVP run as one kernel of ours where that is faster than a product by
-cuBLASLt with activation and dropout after it.  The sizes built in are estimates; :func:`autotune`
-replaces them by measured ones and remembers these for the GPU.
+cuBLASLt with activation and dropout after it ("fused"); the products of ``linear``, its VJP and its
+JVP where ours is faster than cuBLASLt's alone ("plain").  The sizes built in are estimates;
+:func:`autotune` replaces them by measured ones and remembers these for the GPU.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from . import _backend
 
 __all__ = ["autotune"]
 
-# Steps (see :func:`steps`), by dtype, up to which one kernel of ours does product and epilogue.
-# Not measured: in about this many a multiprocessor spends what two launches cost.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Steps (see :func:`steps`), by kind and dtype, up to which a kernel of ours runs.  Not measured: in
+# about this many a multiprocessor spends what the two launches of a fused product cost; a plain one
+# saves no launch.
 BUILT_IN = {
-    torch.float32: 512,
-    torch.float64: 256,
-    torch.bfloat16: 1024,
-    torch.float16: 1024,
+    "fused": dict(zip(DTYPES, (512, 256, 1024, 1024), strict=True)),
+    "plain": dict.fromkeys(DTYPES, 0),
 }
 _DEPTHS = tuple(1 << i for i in range(5, 14))  # that are timed
 _ACROSS = 8  # squares of results in each direction, while they are
@@ -35,7 +36,7 @@ _ACROSS = 8  # squares of results in each direction, while they are
 def cache_file() -> Path:
     """Where measured sizes are kept: in ``JACOBIAN_OPS_CACHE``, else in the user's cache."""
     folder = os.environ.get("JACOBIAN_OPS_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "jacobian_ops") / "fused.json"
+    return (Path(folder) if folder else Path.home() / ".cache" / "jacobian_ops") / "products.json"
 
 
 def _name(device: torch.device) -> str:
@@ -67,13 +68,17 @@ def steps(x: torch.Tensor, weight: torch.Tensor, products: int = 1) -> int:
 
 
 @functools.cache
-def fused_up_to(device: torch.device) -> dict[torch.dtype, int]:
-    """Steps, by dtype, up to which one kernel of ours is to run on ``device``."""
+def limits(device: torch.device) -> dict[str, dict[torch.dtype, int]]:
+    """Steps, by kind and dtype, up to which a kernel of ours is to run on ``device``."""
     try:
         known = json.loads(cache_file().read_text())[_name(device)]
-        return {dtype: int(known[str(dtype).removeprefix("torch.")]) for dtype in BUILT_IN}
+        return {kind: {d: int(known[kind][_short(d)]) for d in DTYPES} for kind in BUILT_IN}
     except (OSError, ValueError, KeyError, TypeError):
         return BUILT_IN
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def autotune(
@@ -81,8 +86,8 @@ def autotune(
     *,
     seconds: float = 0.02,
     save: bool = True,
-) -> dict[torch.dtype, int]:
-    """Measure up to which size one fused kernel is faster, use that from now on, and keep it.
+) -> dict[str, dict[torch.dtype, int]]:
+    """Measure up to which size a kernel of ours is faster, use that from now on, and keep it.
 
     Args:
         device: The GPU.
@@ -90,7 +95,7 @@ def autotune(
         save: Write the result where later programs find it, see :func:`cache_file`.
 
     Returns:
-        Steps (see :func:`steps`), by dtype.
+        Steps (see :func:`steps`), by kind ("fused" and "plain") and dtype.
 
     Raises:
         ValueError: ``device`` has no kernels of the kind that is tuned here.
@@ -102,10 +107,11 @@ def autotune(
         raise ValueError(
             f"autotune: device is {device}; allowed: a GPU that kernels were built for"
         )
-    found = {}
-    for dtype in BUILT_IN:
-        found[dtype] = _crossing(device, dtype, seconds)
-    fused_up_to.cache_clear()
+    found = {
+        kind: {dtype: _crossing(kind, device, dtype, seconds) for dtype in DTYPES}
+        for kind in BUILT_IN
+    }
+    limits.cache_clear()
     if save:
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,15 +119,18 @@ def autotune(
             known = json.loads(path.read_text())
         except (OSError, ValueError):
             known = {}
-        known[_name(device)] = {str(d).removeprefix("torch."): n for d, n in found.items()}
+        known[_name(device)] = {
+            kind: {_short(d): n for d, n in steps_of.items()} for kind, steps_of in found.items()
+        }
         path.write_text(json.dumps(known, indent=2))
     return found
 
 
-def _crossing(device, dtype, seconds) -> int:
+def _crossing(kind, device, dtype, seconds) -> int:
     """The number of steps up to which ours was faster throughout."""
-    from .kernels import _gemm, linear_act_dropout
+    from .kernels import _gemm, linear, linear_act_dropout
 
+    product = linear_act_dropout if kind == "fused" else linear
     before, best = _gemm.CHOICE, 0
     try:
         side = _ACROSS * _side(dtype)
@@ -131,9 +140,7 @@ def _crossing(device, dtype, seconds) -> int:
             took = {}
             for choice in ("own", "torch"):
                 _gemm.CHOICE = choice
-                timer = Timer(
-                    "f(x, w, b)", globals=dict(f=linear_act_dropout, x=x, w=weight, b=bias)
-                )
+                timer = Timer("f(x, w, b)", globals=dict(f=product, x=x, w=weight, b=bias))
                 took[choice] = timer.blocked_autorange(min_run_time=seconds).median
             if took["own"] > took["torch"]:
                 break

@@ -14,9 +14,10 @@ DEVICE = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("JACOBIAN_OPS_CACHE", str(tmp_path))
-    tuning.fused_up_to.cache_clear()
-    yield tmp_path / "fused.json"
-    tuning.fused_up_to.cache_clear()
+    limits = tuning.limits  # a test may replace it
+    limits.cache_clear()
+    yield tmp_path / "products.json"
+    limits.cache_clear()
 
 
 def test_measured_sizes_are_kept(own_cache, monkeypatch):
@@ -24,12 +25,13 @@ def test_measured_sizes_are_kept(own_cache, monkeypatch):
     monkeypatch.setattr(tuning, "_DEPTHS", (8, 16))
     monkeypatch.setattr(tuning, "_ACROSS", 1)
     choice = _gemm.CHOICE
-    assert tuning.fused_up_to(DEVICE) == tuning.BUILT_IN
+    assert tuning.limits(DEVICE) == tuning.BUILT_IN
     found = autotune(DEVICE, seconds=1e-4)
     assert _gemm.CHOICE == choice
     assert found.keys() == tuning.BUILT_IN.keys()
-    assert set(found.values()) <= {0, 8, 16}
-    assert tuning.fused_up_to(DEVICE) == found
+    for steps in found.values():
+        assert steps.keys() == set(tuning.DTYPES) and set(steps.values()) <= {0, 8, 16}
+    assert tuning.limits(DEVICE) == found
     assert json.loads(own_cache.read_text()).keys() == {"cpu"}
 
 
@@ -44,18 +46,40 @@ def test_steps(monkeypatch):
 def test_large_products_go_to_cublas(monkeypatch):
     monkeypatch.setattr(_backend, "on_device", lambda t: True)
     monkeypatch.setattr(_gemm, "CHOICE", "auto")
-    for dtype, most in tuning.BUILT_IN.items():
-        for products, tx in ((1, None), (2, torch.empty(1, 1, dtype=dtype))):
+    for dtype, most in tuning.BUILT_IN["fused"].items():
+        for products in (1, 2):
             for depth in (most // products, most // products + 1):
                 x = torch.empty(2, depth, dtype=dtype)
-                tangents = () if tx is None else (x,)
+                tangents = (x,) * (products - 1)
                 assert _gemm.torch_is_faster_unfused(x, x, *tangents) == (depth * products > most)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"cpu": 1}', '{"cpu": {"float32": "x"}}'])
+def test_plain_products_and_their_vjp(monkeypatch):
+    """Depths of the three products of (64, 30) and (20, 30): 30, 20 and 64."""
+    monkeypatch.setattr(_backend, "on_device", lambda t: True)
+    monkeypatch.setattr(_gemm, "CHOICE", "auto")
+    x, w, gy = torch.empty(64, 30), torch.empty(20, 30), torch.empty(64, 20)
+    for most, expected in (
+        (0, [True] * 4),
+        (30, [False, True, False, True]),
+        (64, [False] * 4),
+    ):
+        limits = {"plain": dict.fromkeys(tuning.DTYPES, most)}
+        monkeypatch.setattr(tuning, "limits", lambda device, limits=limits: limits)
+        assert expected == [
+            _gemm.torch_is_faster(x, w),
+            _gemm.torch_is_faster_for_tangents(x, w, x, None),
+            _gemm.torch_is_faster_for_gx(gy, w),
+            _gemm.torch_is_faster_for_gweight(gy, x),
+        ]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"cpu": 1}', '{"cpu": {"fused": {"float32": "x"}}}']
+)
 def test_a_broken_file_is_not_used(own_cache, text):
     own_cache.write_text(text)
-    assert tuning.fused_up_to(DEVICE) == tuning.BUILT_IN
+    assert tuning.limits(DEVICE) == tuning.BUILT_IN
 
 
 @pytest.mark.cpu_only

@@ -4,9 +4,9 @@ With AMX, on Intel processors, MKL and oneDNN reach most of the peak in many sha
 in bfloat16 on AMD's with AVX512-BF16.  On other processors, and where activation and dropout are
 fused into the product, ours runs.  The classes below are measured ones (docs/performance.md).
 
-On a GPU cuBLASLt does plain products and large ones; activation and dropout then follow in one more
-kernel.  Where the launches and the passes over memory cost more than the arithmetic, one kernel of
-ours does everything (jacobian_ops/tuning.py).
+On a GPU cuBLASLt does large products; activation and dropout then follow in one more kernel.  Where
+the launches and the passes over memory cost more than the arithmetic, one kernel of ours does
+everything.  A table says where, which can be measured anew (jacobian_ops/tuning.py).
 """
 
 from __future__ import annotations
@@ -77,8 +77,10 @@ def _torch_serves(*matrices: Tensor | None) -> bool:
     )
 
 
-def _always(t: Tensor) -> bool:
-    return CHOICE == "torch" or _backend.on_device(t)
+def _on_device(kind: str, x: Tensor, weight: Tensor, products: int = 1) -> bool:
+    """For a product on a GPU: whether torch's is to run; ``kind`` as in tuning.py."""
+    most = tuning.limits(x.device)[kind][x.dtype]
+    return CHOICE == "torch" or tuning.steps(x, weight, products) > most
 
 
 def torch_is_faster_unfused(
@@ -87,16 +89,16 @@ def torch_is_faster_unfused(
     """For ``m * f(x W^T + b)`` or its JVP: whether torch's product is to run, and f after it."""
     if not (_torch_serves(x, weight, tx, tweight) and _backend.on_device(x)):
         return False
-    products = 1 + (tx is not None) + (tweight is not None)
-    steps = tuning.steps(x, weight, products)
-    return CHOICE == "torch" or steps > tuning.fused_up_to(x.device)[x.dtype]
+    return _on_device("fused", x, weight, 1 + (tx is not None) + (tweight is not None))
 
 
 def torch_is_faster(x: Tensor, weight: Tensor, *tangents: Tensor | None) -> bool:
     """For ``x W^T``: whether torch's product is to run."""
     if not _torch_serves(x, weight, *tangents):
         return False
-    if _always(x):
+    if _backend.on_device(x):
+        return _on_device("plain", x, weight, 1 + sum(t is not None for t in tangents))
+    if CHOICE == "torch":
         return True
     (m, k), n = x.shape, weight.shape[0]
     if _LIBRARY == "avx512bf16":
@@ -112,7 +114,9 @@ def torch_is_faster_for_gx(gy: Tensor, weight: Tensor) -> bool:
     """For ``gy W``."""
     if not _torch_serves(gy, weight):
         return False
-    if _always(gy):
+    if _backend.on_device(gy):
+        return _on_device("plain", gy, weight.mT)
+    if CHOICE == "torch":
         return True
     if _LIBRARY == "avx512bf16":
         return _long_in_bf16(gy)
@@ -126,7 +130,9 @@ def torch_is_faster_for_gweight(gy: Tensor, x: Tensor) -> bool:
     """For ``gy^T x``: a sum over few rows is a large result that ours writes past the caches."""
     if not _torch_serves(gy, x):
         return False
-    if _always(gy):
+    if _backend.on_device(gy):
+        return _on_device("plain", gy.mT, x.mT)
+    if CHOICE == "torch":
         return True
     if _LIBRARY == "avx512bf16":
         return _long_in_bf16(gy)
