@@ -15,6 +15,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# Kept between builds, one for each interpreter: only what changed is compiled again.
+BUILD = ROOT / "build" / f"python-{sysconfig.get_config_var('SOABI')}"
 
 
 class CMakeBuild(build_ext):
@@ -22,12 +24,10 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # Kept between builds, one for each interpreter: only what changed is compiled again.
-        build = ROOT / "build" / f"python-{sysconfig.get_config_var('SOABI')}"
-        build.mkdir(parents=True, exist_ok=True)
+        BUILD.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
-            *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            *("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
             "-DCMAKE_BUILD_TYPE=Release",
             "-DJACOBIAN_OPS_PYTHON=ON",
             "-DJACOBIAN_OPS_TOOLS=OFF",
@@ -42,14 +42,22 @@ class CMakeBuild(build_ext):
             configure.append(f"-D{name}={value}" if value else f"-U{name}")
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS")
-        command = ["cmake", "--build", str(build)]
+        command = ["cmake", "--build", str(BUILD)]
         subprocess.run([*command, "-j", jobs] if jobs else command, check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(build / target.name), str(target))
-        cuda = target.name.replace("_cpu", "_cuda")
-        (target.parent / cuda).unlink(missing_ok=True)
-        if (build / cuda).exists() and os.environ.get("JACOBIAN_OPS_CUDA") != "0":
-            self.copy_file(str(build / cuda), str(target.parent / cuda))
+        self.copy_file(str(BUILD / target.name), str(target))
+        self._place_cuda(target.parent)
+
+    def copy_extensions_to_source(self):  # of an editable install
+        super().copy_extensions_to_source()
+        self._place_cuda(ROOT / "jacobian_ops")
+
+    def _place_cuda(self, folder):
+        """Put the module _cuda of this build into ``folder``; where none was built, none stays."""
+        name = "_cuda" + sysconfig.get_config_var("EXT_SUFFIX")
+        (folder / name).unlink(missing_ok=True)
+        if (BUILD / name).exists() and os.environ.get("JACOBIAN_OPS_CUDA") != "0":
+            self.copy_file(str(BUILD / name), str(folder / name))
 
 
 setup(ext_modules=[Extension("jacobian_ops._cpu", [])], cmdclass={"build_ext": CMakeBuild})
