@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,11 +53,11 @@ def build_wheel(folder: Path, scratch: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    """The wheel has the native module, no source of it and no library of somebody else."""
+    """The wheel has the native modules, no source of them and no library of somebody else."""
     names = zipfile.ZipFile(wheel).namelist()
     libraries = [name for name in names if ".so" in Path(name).name]
     wrong = [name for name in names if not name.startswith(("jacobian_ops/", "jacobian_ops-"))]
-    if wrong or not libraries or any("/_cpu" not in name for name in libraries):
+    if wrong or not libraries or not all(re.search("/_(cpu|cuda)", name) for name in libraries):
         sys.exit(f"{wheel.name}: unexpected contents: {wrong or libraries or names}")
     print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB, {', '.join(libraries)}")
 

@@ -1,5 +1,6 @@
 """build_info, the choice of instruction set, and the OpenMP runtime that torch shares with us."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -31,7 +32,10 @@ def test_build_info():
     assert facts["isa"] in facts["available_isas"]
     assert facts["threads"] == torch.get_num_threads()
     assert facts["torch"] == torch.__version__
-    assert facts["cuda"] == "not built"
+    built = importlib.util.find_spec("jacobian_ops._cuda")
+    assert re.match(
+        r"built for sm_\d+.* with CUDA 1\d\.\d" if built else "not built$", facts["cuda"]
+    )
     assert facts["compiler"]
 
 
