@@ -118,10 +118,12 @@ wheel: $(ENVIRONMENT)  ## build a wheel into dist/
 check-wheel: $(ENVIRONMENT)  ## install one wheel beside two torch versions (TORCHES=) and test it
 	$(PY) scripts/check_wheel.py $(TORCHES)
 
-# In the folder of the Python module, whose library is compiled already.
+# In the folder of the Python module, whose library is compiled already; without Python the build is
+# only configured.
 cpp: $(BUILT)  ## build the example in C++ and the library's self-check, and run them
 	PATH="$(abspath $(VENV))/bin:$$PATH" && \
 	tree=build/python-$$($(PY) -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))') && \
+	cmake -S . -B build/cpp -G Ninja && \
 	cmake -S . -B $$tree -DJACOBIAN_OPS_TOOLS=ON && cmake --build $$tree && \
 	ctest --test-dir $$tree --output-on-failure
 
