@@ -140,6 +140,7 @@ PYBIND11_MODULE(JOPS_MODULE, m, py::mod_gil_not_used()) {
   def("linear", k.linear);
   def("linear_act_dropout", k.linear_act_dropout);
   def("linear_act_dropout_jvp", k.linear_act_dropout_jvp);
+  def("linear_act_dropout_vjp", k.linear_act_dropout_vjp);
   def("linear_vjp", k.linear_vjp);
   def("column_sum", k.column_sum);
 

@@ -195,12 +195,14 @@ bool elementwise(Check& check, std::initializer_list<Named> buffers, const Mask&
   return size == 0;
 }
 
-void activation(const Act& act, const Buffer& x, const Buffer& y, const Mask& mask,
-                const Exec& exec) {
+void activation(const Act& act, const Buffer& x, const Buffer& residual, const Buffer& y,
+                const Mask& mask, const Exec& exec) {
   Check check("activation", exec);
   check.act(act);
-  if (elementwise(check, {{"x", x}, {"y", y}}, mask)) return;
-  run.activation(act, x, y, mask, exec);
+  const bool empty = elementwise(check, {{"x", x}, {"y", y}}, mask);
+  check.optional("residual", residual);
+  if (empty) return;
+  run.activation(act, x, residual, y, mask, exec);
 }
 
 void activation_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy, const Buffer& gx,
@@ -212,12 +214,16 @@ void activation_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy
   run.activation_vjp(act, order, x, gy, gx, mask, exec);
 }
 
-void activation_jvp(const Act& act, const Buffer& x, const Buffer& tx, const Buffer& y,
-                    const Buffer& ty, const Mask& mask, const Exec& exec) {
+void activation_jvp(const Act& act, const Buffer& x, const Buffer& tx, const Buffer& residual,
+                    const Buffer& tresidual, const Buffer& y, const Buffer& ty, const Mask& mask,
+                    const Exec& exec) {
   Check check("activation_jvp", exec);
   check.act(act);
-  if (elementwise(check, {{"x", x}, {"tx", tx}, {"y", y}, {"ty", ty}}, mask)) return;
-  run.activation_jvp(act, x, tx, y, ty, mask, exec);
+  const bool empty = elementwise(check, {{"x", x}, {"tx", tx}, {"y", y}, {"ty", ty}}, mask);
+  check.optional("residual", residual);
+  check.optional("tresidual", tresidual);
+  if (empty) return;
+  run.activation_jvp(act, x, tx, residual, tresidual, y, ty, mask, exec);
 }
 
 void activation_vjp_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy,
@@ -405,24 +411,40 @@ void linear(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& 
   run.linear(x, w, bias, y, exec);
 }
 
-void linear_act_dropout(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
-                        const Matrix& z, const Act& act, const Mask& mask, const Exec& exec) {
+// What is added to y: of its shape, rows contiguous.
+void addend(const Check& check, const char* name, const Matrix& a, const Matrix& y) {
+  if (!a.given()) return;
+  check.matrix(name, a);
+  check.same_dtype(name, a.dtype);
+  check.extent(name, "batch", a.batch, y.batch);
+  check.extent(name, "rows", a.rows, y.rows);
+  check.extent(name, "cols", a.cols, y.cols);
+  if (a.cols > 1) check.extent(name, "column stride", a.col_stride, 1);
+}
+
+void linear_act_dropout(const Matrix& x, const Matrix& w, const Buffer& bias,
+                        const Matrix& residual, const Matrix& y, const Matrix& z, const Act& act,
+                        const Mask& mask, const Exec& exec) {
   Check check("linear_act_dropout", exec);
   products(check, x, w, bias, y);
+  addend(check, "residual", residual, y);
   if (z.given()) check.output("z", z, y.batch, y.rows, y.cols);
   check.act(act);
   if (mask.given()) check.extent("mask", "batch", mask.batch, y.batch);
   if (Check::empty(y)) return;
   check.mask(mask, y.batch * y.rows * y.cols);
-  run.linear_act_dropout(x, w, bias, y, z, act, mask, exec);
+  run.linear_act_dropout(x, w, bias, residual, y, z, act, mask, exec);
 }
 
-void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& tx,
-                            const Matrix& tw, const Buffer& tbias, const Matrix& y,
+void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias,
+                            const Matrix& residual, const Matrix& tx, const Matrix& tw,
+                            const Buffer& tbias, const Matrix& tresidual, const Matrix& y,
                             const Matrix& ty, const Matrix& z, const Act& act, const Mask& mask,
                             const Exec& exec) {
   Check check("linear_act_dropout_jvp", exec);
   products(check, x, w, bias, y);
+  addend(check, "residual", residual, y);
+  addend(check, "tresidual", tresidual, y);
   const auto tangent = [&](const char* name, const Matrix& t, const Matrix& primal) {
     if (!t.given()) return;
     check.matrix(name, t);
@@ -450,20 +472,55 @@ void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias
   if (mask.given()) check.extent("mask", "batch", mask.batch, y.batch);
   if (Check::empty(y)) return;
   check.mask(mask, y.batch * y.rows * y.cols);
-  run.linear_act_dropout_jvp(x, w, bias, tx, tw, tbias, y, ty, z, act, mask, exec);
+  run.linear_act_dropout_jvp(x, w, bias, residual, tx, tw, tbias, tresidual, y, ty, z, act, mask,
+                             exec);
+}
+
+// Checks the cotangents of a linear map; those that are empty are then not wanted.
+void cotangents(Check& check, const Matrix& x, const Matrix& w, const Matrix& gy, Matrix& gx,
+                Matrix& gw, Buffer& gbias) {
+  check.first("gy", gy);
+  if (gx.given()) products(check, gy, w.transposed(), {}, gx);
+  if (gw.given()) products(check, gy.transposed(), x.transposed(), {}, gw);
+  if (gbias.given()) check.sums("gbias", gbias, {gy.batch, gy.rows, gy.cols});
+  if (Check::empty(gx)) gx = {};
+  if (Check::empty(gw)) gw = {};
+  if (gbias.size == 0) gbias = {};
 }
 
 void linear_vjp(const Matrix& x, const Matrix& w, const Matrix& gy, const Matrix& gx,
                 const Matrix& gw, const Buffer& gbias, const Exec& exec) {
   Check check("linear_vjp", exec);
-  check.first("gy", gy);
-  const bool empty_gx =
-      gx.given() && (products(check, gy, w.transposed(), {}, gx), Check::empty(gx));
-  const bool empty_gw =
-      gw.given() && (products(check, gy.transposed(), x.transposed(), {}, gw), Check::empty(gw));
-  if (gbias.given()) check.sums("gbias", gbias, {gy.batch, gy.rows, gy.cols});
-  run.linear_vjp(x, w, gy, empty_gx ? Matrix{} : gx, empty_gw ? Matrix{} : gw,
-                 gbias.size == 0 ? Buffer{} : gbias, exec);
+  Matrix to_x = gx, to_w = gw;
+  Buffer to_bias = gbias;
+  cotangents(check, x, w, gy, to_x, to_w, to_bias);
+  run.linear_vjp(x, w, gy, to_x, to_w, to_bias, exec);
+}
+
+void linear_act_dropout_vjp(const Matrix& x, const Matrix& w, const Buffer& s, const Matrix& gy,
+                            const Matrix& gx, const Matrix& gw, const Buffer& gbias, const Act& act,
+                            const Mask& mask, const Exec& exec) {
+  Check check("linear_act_dropout_vjp", exec);
+  Matrix to_x = gx, to_w = gw;
+  Buffer to_bias = gbias;
+  cotangents(check, x, w, gy, to_x, to_w, to_bias);
+  const std::int64_t size = gy.batch * gy.rows * gy.cols;
+  if (size > 0) {
+    if (gy.cols > 1) check.extent("gy", "column stride", gy.col_stride, 1);
+    if (gy.rows > 1) check.extent("gy", "row stride", gy.row_stride, gy.cols);
+    if (gy.batch > 1) check.extent("gy", "batch stride", gy.batch_stride, gy.rows * gy.cols);
+  }
+  check.act(act);
+  if (s.given()) {
+    check.buffer("s", s);
+    check.same_dtype("s", s.dtype);
+    check.extent("s", "elements", s.size, size);
+  } else if (act.code != Activation::kIdentity) {
+    check.fail("s", "what the activation is differentiated at", "none");
+  }
+  if (mask.given()) check.extent("mask", "batch", mask.batch, gy.batch);
+  if (size > 0) check.mask(mask, size);
+  run.linear_act_dropout_vjp(x, w, s, gy, to_x, to_w, to_bias, act, size > 0 ? mask : Mask{}, exec);
 }
 
 void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
@@ -514,6 +571,7 @@ Kernels checked(const Kernels& unchecked) {
           linear,
           linear_act_dropout,
           linear_act_dropout_jvp,
+          linear_act_dropout_vjp,
           linear_vjp,
           column_sum,
           unchecked.sum_workspace,

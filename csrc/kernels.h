@@ -87,11 +87,14 @@ struct Exec {
 
 // The kernels of a device or of an instruction set. The formulas are in math/.
 struct Kernels {
-  void (*activation)(const Act&, const Buffer& x, const Buffer& y, const Mask&, const Exec&);
+  // y = residual + m f(x), the residual and its tangent may be absent.
+  void (*activation)(const Act&, const Buffer& x, const Buffer& residual, const Buffer& y,
+                     const Mask&, const Exec&);
   void (*activation_vjp)(const Act&, int order, const Buffer& x, const Buffer& gy, const Buffer& gx,
                          const Mask&, const Exec&);
-  void (*activation_jvp)(const Act&, const Buffer& x, const Buffer& tx, const Buffer& y,
-                         const Buffer& ty, const Mask&, const Exec&);
+  void (*activation_jvp)(const Act&, const Buffer& x, const Buffer& tx, const Buffer& residual,
+                         const Buffer& tresidual, const Buffer& y, const Buffer& ty, const Mask&,
+                         const Exec&);
   void (*activation_vjp_vjp)(const Act&, int order, const Buffer& x, const Buffer& gy,
                              const Buffer& h, const Buffer& hx, const Buffer& hgy, const Mask&,
                              const Exec&);
@@ -136,13 +139,19 @@ struct Kernels {
 
   void (*linear)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
                  const Exec&);
-  void (*linear_act_dropout)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
-                             const Matrix& z, const Act&, const Mask&, const Exec&);
-  // With the tangents of x, w and bias, any of which may be absent.
+  void (*linear_act_dropout)(const Matrix& x, const Matrix& w, const Buffer& bias,
+                             const Matrix& residual, const Matrix& y, const Matrix& z, const Act&,
+                             const Mask&, const Exec&);
+  // With the tangents of x, w, bias and residual, any of which may be absent.
   void (*linear_act_dropout_jvp)(const Matrix& x, const Matrix& w, const Buffer& bias,
-                                 const Matrix& tx, const Matrix& tw, const Buffer& tbias,
-                                 const Matrix& y, const Matrix& ty, const Matrix& z, const Act&,
-                                 const Mask&, const Exec&);
+                                 const Matrix& residual, const Matrix& tx, const Matrix& tw,
+                                 const Buffer& tbias, const Matrix& tresidual, const Matrix& y,
+                                 const Matrix& ty, const Matrix& z, const Act&, const Mask&,
+                                 const Exec&);
+  // linear_vjp of gz = m f'(s) gy, for s and gy contiguous. Without s, f must be the identity.
+  void (*linear_act_dropout_vjp)(const Matrix& x, const Matrix& w, const Buffer& s,
+                                 const Matrix& gy, const Matrix& gx, const Matrix& gw,
+                                 const Buffer& gbias, const Act&, const Mask&, const Exec&);
   // gx = gy w, gw = gy^T x, gbias = the column sum of gy: any may be absent, and what it needs too.
   void (*linear_vjp)(const Matrix& x, const Matrix& w, const Matrix& gy, const Matrix& gx,
                      const Matrix& gw, const Buffer& gbias, const Exec&);

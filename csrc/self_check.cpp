@@ -195,7 +195,7 @@ void check_activations(const jops::Kernels& k, const Exec& exec) {
       in.set(0, x);
       one.set(0, 1);
       if (order == 0)
-        k.activation(act, in, out, {}, exec);
+        k.activation(act, in, {}, out, {}, exec);
       else
         k.activation_vjp(act, order, in, one, out, {}, exec);
       return out.get(0);
@@ -226,11 +226,11 @@ void check_activations(const jops::Kernels& k, const Exec& exec) {
           second[i] = d2.get(i) * gy.get(i) * h.get(i);
           tangent[i] = second[i] + d1.get(i) * t.get(i);
         }
-        k.activation(act, x, a, {}, exec);
+        k.activation(act, x, {}, a, {}, exec);
         expect(name, a, f, 4);
         k.activation_vjp(act, 1, x, gy, a, {}, exec);
         expect(name + " vjp", a, product, 4);
-        k.activation_jvp(act, x, gy, a, b, {}, exec);
+        k.activation_jvp(act, x, gy, {}, {}, a, b, {}, exec);
         expect(name + " jvp", a, f, 4);
         expect(name + " jvp", b, product, 4);
         k.activation_vjp_vjp(act, 1, x, gy, h, a, b, {}, exec);
@@ -292,7 +292,7 @@ void check_dropout(const jops::Kernels& k, const Exec& exec) {
         expect("dropout", y, dropped, 1);
         k.dropout_add(x, r, y, mask, exec);
         expect("dropout_add", y, added, 2);
-        k.activation({Activation::kRelu}, x, y, mask, exec);
+        k.activation({Activation::kRelu}, x, {}, y, mask, exec);
         expect("relu with dropout", y, relu, 1);
       }
     }
@@ -447,7 +447,7 @@ void check_linear(const jops::Kernels& k, const Exec& exec) {
       for (Dtype d : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBfloat16, Dtype::kFloat16}) {
         Tensor x = Tensor::random(d, c.batch * c.m * c.k), w = Tensor::random(d, c.n * c.k),
                bias = Tensor::random(d, c.n), y = Tensor::random(d, c.batch * c.m * c.n),
-               z(d, y.size), sums(d, c.batch * c.n);
+               r = Tensor::random(d, y.size), z(d, y.size), sums(d, c.batch * c.n);
         const Matrix mx = matrix(x, c.batch, c.m, c.k, transposed);
         const Matrix mw = matrix(w, 1, c.n, c.k, transposed);
         const Matrix my = matrix(y, c.batch, c.m, c.n), mz = matrix(z, c.batch, c.m, c.n);
@@ -463,7 +463,7 @@ void check_linear(const jops::Kernels& k, const Exec& exec) {
                      w.get(j * mw.row_stride + l * mw.col_stride);
               }
               plain[at] = s;
-              dropped[at] = m[at] * value({Activation::kGelu}, s);
+              dropped[at] = m[at] * value({Activation::kGelu}, s) + r.get(at);
             }
           }
         }
@@ -473,9 +473,20 @@ void check_linear(const jops::Kernels& k, const Exec& exec) {
         for (std::int64_t i = 0; i < y.size; ++i) columns[i / (c.m * c.n) * c.n + i % c.n] += Y[i];
         k.column_sum(my, sums, exec);
         expect("column_sum", sums, columns, 4);
-        k.linear_act_dropout(mx, mw, bias, my, mz, {Activation::kGelu}, mask, exec);
+        k.linear_act_dropout(mx, mw, bias, matrix(r, c.batch, c.m, c.n), my, mz,
+                             {Activation::kGelu}, mask, exec);
         expect("linear_act_dropout z", z, plain, 16);
         expect("linear_act_dropout", y, dropped, 16);
+
+        const Act gelu{Activation::kGelu};
+        Tensor gz(d, y.size), gx(d, x.size), gx_apart(d, x.size), sums_apart(d, sums.size);
+        const Matrix to_x = matrix(gx, c.batch, c.m, c.k);
+        const Matrix to_x_apart = matrix(gx_apart, c.batch, c.m, c.k);
+        k.linear_act_dropout_vjp({}, mw, z, my, to_x, {}, sums, gelu, mask, exec);
+        k.activation_vjp_sum(gelu, {c.batch, c.m, c.n}, z, y, gz, sums_apart, mask, exec);
+        k.linear_vjp({}, mw, matrix(gz, c.batch, c.m, c.n), to_x_apart, {}, {}, exec);
+        expect("linear_act_dropout_vjp", gx, gx_apart.values(), 0);
+        expect("linear_act_dropout_vjp sums", sums, sums_apart.values(), 0);
       }
     }
   }

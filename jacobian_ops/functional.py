@@ -541,12 +541,13 @@ def linear_act_dropout(
     p: float = 0.0,
     training: bool = True,
     *,
+    residual: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``dropout(activation(x W^T + b), p)`` as one GEMM with activation and dropout on its tiles.
+    """``residual + dropout(activation(x W^T + b), p)`` as one GEMM, with the rest on its tiles.
 
     Keeps ``x``, ``W``, the seed and either ``z = x W^T + b`` or, for relu, sigmoid and tanh without
-    dropout, the result.
+    dropout and residual, the result; for the identity neither.
 
     Args:
         input: (*, in_features).
@@ -555,6 +556,8 @@ def linear_act_dropout(
         activation: A name in :data:`jacobian_ops.kernels.NAMES`, with torch's default parameters.
         p: Dropout probability.
         training: If False, no dropout.
+        residual: (*, out_features), as of a block's input; another shape or dtype broadcasts and
+            promotes as ``+`` does.
         generator: Where the seed comes from; None is torch's default generator.
 
     Returns:
@@ -565,24 +568,33 @@ def linear_act_dropout(
         ValueError: ``activation`` is unknown, or ``p`` outside [0, 1].
     """
     op = "linear_act_dropout"
-    if has_torch_function((input, weight, bias)):
+    if has_torch_function((input, weight, bias, residual)):
         extra = dict(activation=activation, p=p, training=training, **_given(generator=generator))
+        extra |= {} if residual is None else dict(residual=residual)
         tensors = (input, weight, bias)
-        return handle_torch_function(linear_act_dropout, tensors, *tensors, **extra)
+        return handle_torch_function(linear_act_dropout, (*tensors, residual), *tensors, **extra)
     check_p(op, p)
     f = resolve(op, activation)
     _check_linear(op, weight, bias)
-    for name, t in (("input", input), ("weight", weight), ("bias", bias)):
+    if residual is not None:
+        check_tensor(op, "residual", residual)
+        _check_device(op, input, residual=residual)
+    given = dict(input=input, weight=weight, bias=bias, residual=residual)
+    for name, t in given.items():
         if not (_strided(t) if name != "input" else _ours(op, t)):
             raise _no_kernels(op, name, t)
     input, weight, bias = _low_precision(input, weight, bias)
     x, bias = _fit_linear(op, input, weight, bias)
     p = p if training else 0.0
     seed = draw_seed(input, generator) if p > 0.0 else None
-    keep_z = reverse_may_follow((x, weight, bias))
-    keep_z = keep_z and f.function != "identity" and not _activation.from_result(f.function, p)
-    y, _ = _linear.linear_act_dropout(x, weight, bias, seed, f.function, f.params, p, keep_z)
-    return _unflatten(y, input)
+    shape = (*input.shape[:-1], weight.shape[0])
+    fused = residual is not None and residual.shape == shape and residual.dtype == x.dtype
+    added = residual.reshape(x.shape[0], shape[-1]) if fused else None
+    keep_z = f.function != "identity" and reverse_may_follow((x, weight, bias))
+    keep_z = keep_z and (fused or not _activation.from_result(f.function, p))
+    rest = seed, f.function, f.params, p, keep_z
+    y = _unflatten(_linear.linear_act_dropout(x, weight, bias, added, *rest)[0], input)
+    return y if fused or residual is None else residual + y
 
 
 def _check_linear(op, weight, bias):

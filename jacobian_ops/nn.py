@@ -211,6 +211,8 @@ class Dropout(torch.nn.Dropout):
 class LinearActDropout(Linear):
     """``Dropout(activation(Linear(x)))`` in one pass; state_dict keys of :class:`torch.nn.Linear`.
 
+    A second argument, the residual, is added to the result in the same pass.
+
     Args:
         in_features: Size of the last dimension of the input.
         out_features: Size of the last dimension of the result.
@@ -240,10 +242,11 @@ class LinearActDropout(Linear):
         self.activation = activation
         self.p = p
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply :func:`jacobian_ops.functional.linear_act_dropout`."""
         return F.linear_act_dropout(
-            input, self.weight, self.bias, self.activation, self.p, self.training
+            *(input, self.weight, self.bias, self.activation, self.p, self.training),
+            residual=residual,
         )
 
     def extra_repr(self) -> str:

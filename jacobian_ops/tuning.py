@@ -1,9 +1,10 @@
 """Which products a kernel of ours computes on a GPU, and which cuBLASLt does: measured on yours.
 
 ``linear_act_dropout`` and its JVP run as one kernel of ours where that is faster than a product by
-cuBLASLt with activation and dropout after it ("fused"); the products of ``linear``, its VJP and its
-JVP where ours is faster than cuBLASLt's alone ("plain").  The sizes built in are estimates;
-:func:`autotune` replaces them by measured ones and remembers these for the GPU.
+cuBLASLt with activation and dropout after it ("fused"), and so does its VJP ("vjp"); the products
+of ``linear``, its VJP and its JVP where ours is faster than cuBLASLt's alone ("plain").  The sizes
+built in are estimates; :func:`autotune` replaces them by measured ones and remembers these for the
+GPU.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ __all__ = ["autotune"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Steps (see :func:`steps`), by kind and dtype, up to which a kernel of ours runs.  Not measured: in
-# about this many a multiprocessor spends what the two launches of a fused product cost; a plain one
-# saves no launch.
+# about this many a multiprocessor spends what the two launches of a fused product cost; a VJP saves
+# three, but makes the cotangent anew in every square; a plain product saves no launch.
 BUILT_IN = {
     "fused": dict(zip(DTYPES, (512, 256, 1024, 1024), strict=True)),
+    "vjp": dict(zip(DTYPES, (512, 256, 1024, 1024), strict=True)),
     "plain": dict.fromkeys(DTYPES, 0),
 }
 _DEPTHS = tuple(1 << i for i in range(5, 14))  # that are timed
@@ -95,7 +97,7 @@ def autotune(
         save: Write the result where later programs find it, see :func:`cache_file`.
 
     Returns:
-        Steps (see :func:`steps`), by kind ("fused" and "plain") and dtype.
+        Steps (see :func:`steps`), by kind ("fused", "vjp" and "plain") and dtype.
 
     Raises:
         ValueError: ``device`` has no kernels of the kind that is tuned here.
@@ -128,23 +130,37 @@ def autotune(
 
 def _crossing(kind, device, dtype, seconds) -> int:
     """The number of steps up to which ours was faster throughout."""
-    from .kernels import _gemm, linear, linear_act_dropout
+    from .kernels import _gemm
 
-    product = linear_act_dropout if kind == "fused" else linear
     before, best = _gemm.CHOICE, 0
     try:
-        side = _ACROSS * _side(dtype)
-        bias = torch.randn(side, device=device).to(dtype)
         for depth in _DEPTHS:
-            x, weight = (torch.randn(side, depth, device=device).to(dtype) for _ in range(2))
+            call, size = _example(kind, device, dtype, depth)
             took = {}
             for choice in ("own", "torch"):
                 _gemm.CHOICE = choice
-                timer = Timer("f(x, w, b)", globals=dict(f=product, x=x, w=weight, b=bias))
+                timer = Timer("call()", globals=dict(call=call))
                 took[choice] = timer.blocked_autorange(min_run_time=seconds).median
             if took["own"] > took["torch"]:
                 break
-            best = steps(x, weight)
+            best = size
     finally:
         _gemm.CHOICE = before
     return best
+
+
+def _example(kind, device, dtype, depth):
+    """A call of this kind with inner dimensions of ``depth``, and its steps."""
+    from . import kernels
+
+    def made(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    side = _ACROSS * _side(dtype)
+    if kind == "vjp":
+        x, weight, gy, z = (made(depth, n) for n in (side, side, depth, depth))
+        size = steps(gy, weight.mT) + steps(gy.mT, x.mT)
+        return lambda: kernels.linear_act_dropout_vjp(x, weight, z, gy), size
+    x, weight, bias = made(side, depth), made(side, depth), made(side)
+    product = kernels.linear if kind == "plain" else kernels.linear_act_dropout
+    return lambda: product(x, weight, bias), steps(x, weight)

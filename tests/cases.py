@@ -186,29 +186,31 @@ DROPOUT = [
 ]
 
 
-def fused(name, p):
-    """linear_act_dropout with a fixed seed: (4, 3) x (5, 3) + (5)."""
+def fused(name, p, residual=False):
+    """linear_act_dropout with a fixed seed: (4, 3) x (5, 3) + (5), and a residual (4, 5)."""
     f = kernels.resolve("tests", name)
     act = next(c for c in POINTWISE if c.name == name.replace("_tanh", "-tanh"))
 
-    def ours(x, weight, bias):
+    def ours(x, weight, bias, residual=None):
         keep_z = activation.from_result(f.function, p) is None
         seed = SEED if p else None
-        return linear.linear_act_dropout(x, weight, bias, seed, f.function, f.params, p, keep_z)[0]
+        rest = seed, f.function, f.params, p, keep_z or residual is not None
+        return linear.linear_act_dropout(x, weight, bias, residual, *rest)[0]
 
     def reference(f):
-        def run(x, weight, bias):
+        def run(x, weight, bias, residual=None):
             y = f(F.linear(x, weight, bias))
-            return y * M45.to(x.dtype) if p else y
+            y = y * M45.to(x.dtype) if p else y
+            return y if residual is None else residual + y
 
         return run
 
     return Case(
-        f"linear_{name}_dropout-p{p}",
+        f"linear_{name}_dropout-p{p}" + ("-residual" if residual else ""),
         ours,
         reference(act.primitive),
         reference(act.native),
-        ((4, 3), (5, 3), (5,)),
+        ((4, 3), (5, 3), (5,), (4, 5))[: 4 if residual else 3],
         third=name not in ("relu", "leaky_relu", "relu6"),
     )
 
@@ -225,6 +227,8 @@ LINEAR = [
     fused("relu6", P),
     fused("tanh", 0.0),
     fused("tanh", P),
+    fused("tanh", 0.0, residual=True),
+    fused("gelu", P, residual=True),
 ]
 
 CASES = POINTWISE + SOFTMAX + DROPOUT + LINEAR

@@ -53,6 +53,10 @@ FORMS = {
     "linear_act_dropout": lambda x, seed, p: kernels.linear_act_dropout(
         x, torch.ones_like(x[:, :3]), None, "sigmoid", p, seed
     )[0],
+    "linear_act_dropout_vjp": lambda x, seed, p: kernels.linear_act_dropout_vjp(
+        torch.eye(x.shape[1]).to(x).expand(len(x), -1, -1),
+        *(None, None, x, "identity", p, seed, (False, True, False)),
+    )[1],
 }
 
 

@@ -29,10 +29,6 @@ SAMPLES = {
         (leaf(3, 4), leaf(3, 4), None, leaf(3, 4), *ACT, 1),
         (torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4), None, *ACT, 2),
     ],
-    "activation_vjp_sum": [
-        (leaf(3, 4), leaf(3, 4), *ACT),
-        (leaf(2, 3, 4), leaf(2, 3, 4), torch.tensor([1, 2]), "silu", [], 0.4),
-    ],
     "softmax": [(leaf(3, 4), 1, 1.0), (leaf(3, 4).T, 0, -1.0)],
     "softmax_vjp": [(leaf(3, 4), leaf(3, 4), 0, -1.0)],
     "softmax_jvp": [(leaf(3, 4), leaf(3, 4), 1, 1.0)],
@@ -70,16 +66,27 @@ SAMPLES = {
     ],
     "column_sum": [(leaf(3, 4),), (leaf(2, 3, 4),)],
     "linear_act_dropout": [
-        (leaf(3, 4), leaf(5, 4), leaf(5), SEED, "gelu", [], 0.4, True),
-        (leaf(3, 4), leaf(5, 4), None, None, "relu", [], 0.0, False),
-        (leaf(3, 4), leaf(5, 4), leaf(5), SEED, "gelu", [], 0.4, False),
+        (leaf(3, 4), leaf(5, 4), leaf(5), leaf(3, 5), SEED, "gelu", [], 0.4, True),
+        (leaf(3, 4), leaf(5, 4), None, None, None, "relu", [], 0.0, False),
+        (leaf(3, 4), leaf(5, 4), None, leaf(3, 5), None, "tanh", [], 0.0, False),
+        (leaf(3, 4), leaf(5, 4), leaf(5), leaf(3, 5), SEED, "identity", [], 0.4, False),
+        (leaf(3, 4), leaf(5, 4), leaf(5), None, SEED, "gelu", [], 0.4, False),
+    ],
+    "linear_act_dropout_vjp": [
+        (leaf(3, 5), leaf(3, 5), leaf(3, 4), leaf(5, 4), SEED, True, "gelu", [], 0.4),
+        (leaf(2, 3, 5), leaf(2, 3, 5), None, leaf(2, 5, 4), None, False, "tanh", [], 0.0),
+        (leaf(3, 5), None, leaf(3, 4), None, SEED, True, "identity", [], 0.4),
     ],
     "linear_act_dropout_jvp": [
         (
-            *(leaf(3, 4), leaf(5, 4), leaf(5), leaf(3, 4), leaf(5, 4), leaf(5)),
+            *(leaf(3, 4), leaf(5, 4), leaf(5), leaf(3, 5)),
+            *(leaf(3, 4), leaf(5, 4), leaf(5), leaf(3, 5)),
             *(SEED, "gelu", [], 0.4),
         ),
-        (leaf(3, 4), leaf(5, 4), None, None, leaf(5, 4), None, None, "tanh", [], 0.0),
+        (
+            *(leaf(3, 4), leaf(5, 4), None, leaf(3, 5), None, leaf(5, 4), None, None),
+            *(None, "tanh", [], 0.0),
+        ),
     ],
 }
 # The highest derivative of the activation in the op.
@@ -87,7 +94,7 @@ ORDERS = {
     "activation": lambda args: 0,
     "activation_vjp": lambda args: args[-1],
     "activation_jvp": lambda args: 1,
-    "activation_vjp_sum": lambda args: 1,
+    "linear_act_dropout_vjp": lambda args: 1,
     "linear_act_dropout_jvp": lambda args: 1,
     "activation_vjp_vjp": lambda args: args[-1] + 1,
     "activation_vjp_jvp": lambda args: args[-1] + (args[2] is not None),

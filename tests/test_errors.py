@@ -170,6 +170,14 @@ def test_linear_kernels_errors():
     raises(RuntimeError, "linear: x has shape", lambda: kernels.linear(x[0], w))
     raises(RuntimeError, "linear_jvp: .*tx", lambda: kernels.linear_jvp(x, w, None, tx=x[:2]))
     raises(RuntimeError, "tweight", lambda: kernels.linear_jvp(x, w, None, tweight=w[:2]))
+    short = r"linear_act_dropout: residual has shape \[3, 4\]; allowed: \[3, 5\]"
+    raises(RuntimeError, short, lambda: kernels.linear_act_dropout(x, w, residual=x))
+    raises(RuntimeError, "tresidual", lambda: kernels.linear_act_dropout_jvp(x, w, tresidual=x))
+    vjp = kernels.linear_act_dropout_vjp
+    raises(TypeError, "linear_act_dropout_vjp: s is None", lambda: vjp(x, w, None, x @ w.T))
+    raises(RuntimeError, "s has shape", lambda: vjp(x, w, x, x @ w.T))
+    raises(RuntimeError, r"gy has shape \[3, 4\] and weight", lambda: vjp(x, w, x, x))
+    raises(RuntimeError, r"gy has shape \[4\]; allowed", lambda: vjp(x, w, x[0], x[0]))
     raises(RuntimeError, "column_sum: x has shape", lambda: kernels.column_sum(x[0]))
     batch = torch.randn(2, 3, 4)
     raises(RuntimeError, "same batch dimensions", lambda: kernels.linear(batch, w))
@@ -207,6 +215,8 @@ def test_each_argument_that_is_no_tensor_is_named():
         raises(TypeError, f"{op}: weight must be Tensor, not NoneType", lambda f=f: f(X, None))
         raises(TypeError, f"{op}: bias must be Tensor, not float", lambda f=f: f(X, W, 1.0))
     raises(TypeError, "residual must be Tensor", lambda: J.dropout_add(X, None, 0.5))
+    text = "linear_act_dropout: residual must be Tensor, not int"
+    raises(TypeError, text, lambda: J.linear_act_dropout(X, W, residual=1))
     raises(TypeError, "must be Tensor, not NoneType", lambda: J.dropout(None, 0.5, False))
     raises(TypeError, "linear_vjp: gy must be Tensor", lambda: kernels.linear_vjp(X, W, None))
     raises(TypeError, "x must be Tensor, not list", lambda: kernels.activation([1.0], "relu"))
@@ -237,6 +247,8 @@ def test_devices_must_agree():
     text = "bias is on meta, input is on cpu"
     raises(RuntimeError, f"linear: {text}", lambda: J.linear(X, W, meta))
     raises(RuntimeError, text, lambda: J.linear_act_dropout(X, W, meta))
+    text = "residual is on meta, input is on cpu"
+    raises(RuntimeError, text, lambda: J.linear_act_dropout(X, W, residual=meta))
     raises(RuntimeError, "weight is on meta", lambda: J.linear(X, W.to("meta")))
     raises(RuntimeError, "residual is on meta", lambda: J.dropout_add(X, X.to("meta"), 0.5))
     raises(RuntimeError, "weight is on cpu", lambda: J.linear(X.to("meta"), W))
@@ -246,6 +258,8 @@ def test_sparse_arguments_of_fused_ops():
     text = "weight has dtype float32 and layout torch.sparse_coo; allowed: strided"
     raises(NotImplementedError, text, lambda: J.linear_act_dropout(X, W.to_sparse()))
     raises(NotImplementedError, "residual has", lambda: J.dropout_add(X, X.to_sparse(), 0.5))
+    sparse = (X @ W.T).to_sparse()
+    raises(NotImplementedError, "residual has", lambda: J.linear_act_dropout(X, W, residual=sparse))
 
 
 def test_dropout_needs_a_seed():

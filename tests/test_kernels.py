@@ -115,6 +115,81 @@ def test_vjp_and_its_sums(shape, dtype):
         kernels.activation_vjp_sum(torch.randn(3), torch.randn(3), "relu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (70, 33, 65), (9, 64, 136), (130, 8, 24)])
+def test_vjp_of_a_fused_product(m, k, n, dtype):
+    """Each cotangent alone and all of them, of any layout, against float64."""
+    for batch in ((), (2,)):
+        x, weight = (torch.randn(*batch, r, k).to(dtype) for r in (m, n))
+        z, gy = (torch.randn(*batch, m, n).to(dtype) for _ in range(2))
+        seed = torch.arange(3, 3 + math.prod(batch)).view(batch)
+        given = z, gy.mT.contiguous().mT
+        for name, p, s in (("silu", 0.3, z), ("gelu", 0.0, z), ("identity", 0.3, None)):
+            gz = kernels.activation_vjp(z.double(), gy.double(), name, p=p, seed=seed)
+            want = gz @ weight.double(), gz.mT @ x.double(), gz.sum(-2)
+            a = gy.double().abs() / (1 - p)  # f' has an absolute error
+            size = a @ weight.double().abs(), a.mT @ x.double().abs(), a.sum(-2)
+            for needs in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)):
+                factors = x if needs[1] else None, weight if needs[0] else None
+                got = kernels.linear_act_dropout_vjp(
+                    *factors, None if s is None else given[0], given[1], name, p, seed, needs
+                )
+                for g, w, a, needed in zip(got, want, size, needs, strict=True):
+                    assert (g is not None) == bool(needed)
+                    if needed:
+                        assert g.shape == w.shape and g.dtype == dtype
+                        assert ((g.double() - w).abs() <= 2 * torch.finfo(dtype).eps * a).all()
+
+
+def test_vjp_of_an_empty_fused_product():
+    for m, k, n in ((0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)):
+        x, weight, z = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
+        gx, gweight, gbias = kernels.linear_act_dropout_vjp(x, weight, z, z, "gelu", 0.5, 1)
+        assert (gx.shape, gweight.shape, gbias.shape) == (x.shape, weight.shape, (n,))
+        assert not gweight.any() and not gx.any() and (m or not gbias.any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (70, 33, 65), (9, 64, 136)])
+def test_residuals(m, k, n, dtype):
+    """Added before the one rounding: what float64 gives, rounded."""
+    x, tx, weight = (torch.randn(r, k).to(dtype) for r in (m, m, n))
+    r, tr = (torch.randn(n, m).to(dtype).mT for _ in range(2))
+    bias = torch.randn(n).to(dtype)
+
+    def wide(*tensors):
+        return (t.double() for t in tensors)
+
+    def close(got, want, terms):
+        eps = 1e-14 if dtype is torch.float64 else torch.finfo(dtype).eps
+        assert got.dtype == dtype
+        assert ((got.double() - want).abs() <= 2 * eps * (want.abs() + terms + 1)).all()
+
+    rest = "silu", 0.3, 5
+    y, _ = kernels.linear_act_dropout(x, weight, bias, *rest, residual=r)
+    want, _ = kernels.linear_act_dropout(*wide(x, weight, bias), *rest)
+    close(y, want + r.double(), x.double().abs() @ weight.mT.double().abs())
+    y, ty = kernels.linear_act_dropout_jvp(
+        x, weight, bias, tx, None, None, *rest, residual=r, tresidual=tr
+    )
+    want = kernels.linear_act_dropout_jvp(*wide(x, weight, bias, tx), None, None, *rest)
+    of_z, of_tz = (t.double().abs() @ weight.mT.double().abs() for t in (x, tx))
+    close(y, want[0] + r.double(), of_z)
+    tz = tx.double() @ weight.mT.double()
+    close(ty, want[1] + tr.double(), of_tz + of_z * tz.abs())  # f'(z) has the error of z too
+    z, tz = torch.randn(m, n).to(dtype), torch.randn(m, n).to(dtype)
+    options = dict(seed=5, p=0.3)
+    want, twant = kernels.activation_jvp(*wide(z, tz), "silu", **options)
+    close(kernels.activation(z, "silu", residual=r, **options), want + r.double(), 0)
+    for given in ((r, tr), (r, None), (None, tr)):
+        add = [0 if t is None else t.double() for t in given]
+        y, ty = kernels.activation_jvp(
+            z, tz, "silu", residual=given[0], tresidual=given[1], **options
+        )
+        close(y, want + add[0], 0)
+        close(ty, twant + add[1], 0)
+
+
 def test_docstrings():
     for name in kernels.__all__:
         f = getattr(kernels, name)
@@ -137,19 +212,34 @@ def matrix(rows, cols, extent=None, row_stride=None, ptr=PTR):
 
 
 BAD = {
-    "too small an output": lambda: _cpu.activation(RELU, (PTR, 9, F32), (PTR, 8, F32), None, 1),
-    "null input": lambda: _cpu.activation(RELU, (0, 8, F32), (PTR, 8, F32), None, 1),
-    "null output": lambda: _cpu.activation(RELU, (PTR, 8, F32), (0, 8, F32), None, 1),
-    "dtypes differ": lambda: _cpu.activation(RELU, (PTR, 8, F32), (PTR, 8, 1), None, 1),
-    "unknown dtype": lambda: _cpu.activation(RELU, (PTR, 8, 17), (PTR, 8, 17), None, 1),
-    "negative size": lambda: _cpu.activation(RELU, (PTR, -1, F32), (PTR, -1, F32), None, 1),
+    "too small an output": lambda: _cpu.activation(
+        RELU, (PTR, 9, F32), None, (PTR, 8, F32), None, 1
+    ),
+    "null input": lambda: _cpu.activation(RELU, (0, 8, F32), None, (PTR, 8, F32), None, 1),
+    "null output": lambda: _cpu.activation(RELU, (PTR, 8, F32), None, (0, 8, F32), None, 1),
+    "dtypes differ": lambda: _cpu.activation(RELU, (PTR, 8, F32), None, (PTR, 8, 1), None, 1),
+    "unknown dtype": lambda: _cpu.activation(RELU, (PTR, 8, 17), None, (PTR, 8, 17), None, 1),
+    "negative size": lambda: _cpu.activation(RELU, (PTR, -1, F32), None, (PTR, -1, F32), None, 1),
     "unknown activation": lambda: _cpu.activation(
-        (99, 0.0, 0.0, 0.0), (PTR, 8, F32), (PTR, 8, F32), None, 1
+        (99, 0.0, 0.0, 0.0), (PTR, 8, F32), None, (PTR, 8, F32), None, 1
+    ),
+    "short residual": lambda: _cpu.activation(
+        RELU, (PTR, 8, F32), (PTR, 7, F32), (PTR, 8, F32), None, 1
+    ),
+    "residual of a product": lambda: _cpu.linear_act_dropout(
+        *(matrix(2, 3), matrix(4, 3), None, matrix(2, 3), matrix(2, 4), None, RELU, None, 1)
+    ),
+    "nothing to differentiate at": lambda: _cpu.linear_act_dropout_vjp(
+        *(None, matrix(4, 3), None, matrix(2, 4), matrix(2, 3), None, None, RELU, None, 1)
+    ),
+    "cotangent with gaps": lambda: _cpu.linear_act_dropout_vjp(
+        *(None, matrix(4, 3), (PTR, 8, F32), matrix(2, 4, row_stride=5), matrix(2, 3)),
+        *(None, None, RELU, None, 1),
     ),
     "order": lambda: _cpu.activation_vjp(
         RELU, 4, (PTR, 8, F32), (PTR, 8, F32), (PTR, 8, F32), None, 1
     ),
-    "no threads": lambda: _cpu.activation(RELU, (PTR, 8, F32), (PTR, 8, F32), None, 0),
+    "no threads": lambda: _cpu.activation(RELU, (PTR, 8, F32), None, (PTR, 8, F32), None, 0),
     "rows do not fill": lambda: _cpu.softmax((2, 3, 1, 1.0), (PTR, 8, F32), (PTR, 8, F32), 1),
     "rows overflow": lambda: _cpu.softmax((2**40, 2**40, 1, 1.0), (PTR, 8, F32), (PTR, 8, F32), 1),
     "negative rows": lambda: _cpu.softmax((-2, -4, 1, 1.0), (PTR, 8, F32), (PTR, 8, F32), 1),

@@ -173,6 +173,25 @@ def test_linear_act_dropout(activation):
     assert abs(drawn.float().mean().item() - 0.75) < 5 * (0.25 * 0.75 / drawn.numel()) ** 0.5
 
 
+@pytest.mark.parametrize("shape", [(7, 3, 5), (5,), (1, 1), (2, 7, 3, 5)])
+@pytest.mark.parametrize("activation", ["identity", "tanh", "gelu"])
+def test_linear_act_dropout_and_residual(activation, shape):
+    """Of the result's shape it joins the kernel; another one broadcasts, as + does."""
+    module = jnn.LinearActDropout(64, 5, activation=activation, p=0.25).eval()
+    x = torch.randn(7, 3, 64, requires_grad=True)
+    residual = torch.randn(shape, requires_grad=True)
+    inputs = (x, residual, *module.parameters())
+    got, want = module(x, residual), residual + module(x)
+    assert got.shape == want.shape
+    torch.testing.assert_close(got, want)
+    gy = torch.randn_like(want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, inputs, gy), torch.autograd.grad(want, inputs, gy)
+    )
+    wide = residual.detach().double()
+    assert module(x, wide).dtype == torch.float64
+
+
 @pytest.mark.parametrize("dim", [-1, 0])
 def test_softmax_dropout(dim):
     module, x = jnn.SoftmaxDropout(dim, 0.25), x_of()

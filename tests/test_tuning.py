@@ -30,7 +30,7 @@ def test_measured_sizes_are_kept(own_cache, monkeypatch):
     assert _gemm.CHOICE == choice
     assert found.keys() == tuning.BUILT_IN.keys()
     for steps in found.values():
-        assert steps.keys() == set(tuning.DTYPES) and set(steps.values()) <= {0, 8, 16}
+        assert steps.keys() == set(tuning.DTYPES) and set(steps.values()) <= {0, 8, 16, 32}
     assert tuning.limits(DEVICE) == found
     assert json.loads(own_cache.read_text()).keys() == {"cpu"}
 
@@ -52,6 +52,24 @@ def test_large_products_go_to_cublas(monkeypatch):
                 x = torch.empty(2, depth, dtype=dtype)
                 tangents = (x,) * (products - 1)
                 assert _gemm.torch_is_faster_unfused(x, x, *tangents) == (depth * products > most)
+
+
+def test_large_vjps_go_to_cublas(monkeypatch):
+    """(64, 20) and (64, 30): products 20 and 64 deep; without x the sums are as deep."""
+    monkeypatch.setattr(_backend, "on_device", lambda t: True)
+    monkeypatch.setattr(_gemm, "CHOICE", "auto")
+    x, w, gy = torch.empty(64, 30), torch.empty(20, 30), torch.empty(64, 20)
+    for weight, factor, sums, size in (
+        (w, x, True, 84),
+        (w, None, False, 20),
+        (w, None, True, 84),
+        (None, x, True, 64),
+    ):
+        for most in (size - 1, size):
+            limits = {"vjp": dict.fromkeys(tuning.DTYPES, most)}
+            monkeypatch.setattr(tuning, "limits", lambda device, limits=limits: limits)
+            assert _gemm.torch_is_faster_for_vjp(gy, weight, factor, sums) == (most < size)
+    assert _gemm.torch_is_faster_for_vjp(gy, None, None, True)
 
 
 def test_plain_products_and_their_vjp(monkeypatch):
@@ -95,7 +113,7 @@ def test_both_ways_agree(monkeypatch):
         x, tx = (torch.randn(*batch, 9, 5, dtype=torch.float64) for _ in range(2))
         w, tw = (torch.randn(*batch, 7, 5, dtype=torch.float64) for _ in range(2))
         b, tb = (torch.randn(*batch, 7, dtype=torch.float64) for _ in range(2))
-        seed = torch.randint(9, batch)
+        seed, residual = torch.randint(9, batch), torch.randn(*batch, 9, 7, dtype=torch.float64)
         for bias, *tangents in (
             *((b, tx, tw, tb), (b, tx, None, tb), (b, tx, None, None), (None, tx, None, tb)),
             *(
@@ -108,9 +126,12 @@ def test_both_ways_agree(monkeypatch):
             results = []
             for choice in ("own", "torch"):
                 monkeypatch.setattr(_gemm, "CHOICE", choice)
-                forward = kernels.linear_act_dropout(x, w, bias, "gelu", 0.4, seed, keep_z=True)
-                dual = kernels.linear_act_dropout_jvp(x, w, bias, *tangents, "gelu", 0.4, seed)
+                rest = "gelu", 0.4, seed
+                options = dict(residual=residual)
+                forward = kernels.linear_act_dropout(x, w, bias, *rest, keep_z=True, **options)
+                dual = kernels.linear_act_dropout_jvp(x, w, bias, *tangents, *rest, **options)
                 plain = kernels.linear_jvp(x, w, bias, *tangents)
                 back = kernels.linear_vjp(x, w, forward[0])
+                back += kernels.linear_act_dropout_vjp(x, w, forward[1], forward[0], *rest)
                 results.append((*forward, *dual, *plain, *back))
             torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)

@@ -9,17 +9,17 @@
 namespace jops::JOPS_ISA {
 namespace {
 
-// Runs over n elements, m its multipliers or null. With `streams` the outputs, aligned to whole
-// vectors then, are written past the caches.
+// Runs over n elements, m its multipliers or null, add[k] what is added to output k or null, or add
+// null. With `streams` the outputs, aligned to whole vectors then, are written past the caches.
 template <class T>
 using Kernel = void (*)(const Act&, const T* const* in, T* const* out, const Compute<T>* m,
-                        std::int64_t n, bool streams);
+                        const T* const* add, std::int64_t n, bool streams);
 
 constexpr std::int64_t kAhead = 4096;  // bytes: far enough for memory, near enough for L1
 
 template <class F, class Op, class T>
-void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* m, std::int64_t n,
-         bool streams) {
+void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* m,
+         [[maybe_unused]] const T* const* add, std::int64_t n, bool streams) {
   using V = Vec<Compute<T>>;
   constexpr int kLanes = V::kLanes, kUnroll = 2;
   const Params<V, sizeof(T) == 2> params{V(act.a), V(act.b), V(act.c)};
@@ -35,6 +35,15 @@ void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* 
 #pragma GCC unroll 4
     for (int k = 0; k < Op::kOut; ++k) y[u][k] *= scale;
   };
+  const auto add_residuals = [&](int u, std::int64_t at, int count) __attribute__((always_inline)) {
+    if constexpr (Op::kAdds) {
+      if (add == nullptr) return;
+#pragma GCC unroll 4
+      for (int k = 0; k < Op::kOut; ++k) {
+        if (add[k]) y[u][k] += count == kLanes ? load(add[k] + at) : load_n(add[k] + at, count);
+      }
+    }
+  };
   std::int64_t i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
 #pragma GCC unroll 4
@@ -46,7 +55,10 @@ void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* 
       }
     }
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) apply(u, m ? load(m + i + u * kLanes) : V());
+    for (int u = 0; u < kUnroll; ++u) {
+      apply(u, m ? load(m + i + u * kLanes) : V());
+      add_residuals(u, i + u * kLanes, kLanes);
+    }
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
 #pragma GCC unroll 4
@@ -62,6 +74,7 @@ void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* 
     const int count = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
     for (int k = 0; k < Op::kIn; ++k) x[0][k] = load_n(in[k] + i, count);
     apply(0, m ? load_n(m + i, count) : V());
+    add_residuals(0, i, count);
     for (int k = 0; k < Op::kOut; ++k) store_n(out[k] + i, y[0][k], count);
   }
 }
@@ -79,7 +92,8 @@ struct Ranges {
   const Buffer (&in)[Op::kIn];
   const Buffer (&out)[Op::kOut];
   const Mask& mask;
-  bool large;  // the outputs are to be written past the caches
+  bool large;                   // the outputs are to be written past the caches
+  const Buffer* add = nullptr;  // kOut of them, or none
   Kernel<T> kernel = pick<Op, T>(act.code);
 
   void run(std::int64_t first, std::int64_t n) const {
@@ -103,18 +117,22 @@ struct Ranges {
       y[k] = static_cast<T*>(out[k].data) + first;
       streams = streams && can_stream(y[k]);
     }
-    kernel(act, x, y, m, n, streams);
+    const T* residual[Op::kOut] = {};
+    for (int k = 0; add && k < Op::kOut; ++k) {
+      if (add[k].given()) residual[k] = static_cast<const T*>(add[k].data) + first;
+    }
+    kernel(act, x, y, m, add ? residual : nullptr, n, streams);
   }
 };
 
 // Runs the product over whole buffers in tasks of fixed size.
 template <class Op, class T>
 void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
-            const Mask& mask, const Exec& exec) {
+            const Mask& mask, const Exec& exec, const Buffer* add) {
   constexpr std::int64_t kTask = 16 * kBlock;
   const std::int64_t size = in[0].size;
   const bool large = should_stream(Op::kOut * size * static_cast<std::int64_t>(sizeof(T)));
-  const Ranges<Op, T> ranges{act, in, out, mask, large};
+  const Ranges<Op, T> ranges{act, in, out, mask, large, add};
   parallel((size + kTask - 1) / kTask, useful_threads(size, exec.threads), [&](std::int64_t task) {
     const std::int64_t begin = task * kTask;
     ranges.run(begin, least(kTask, size - begin));
@@ -124,15 +142,18 @@ void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op:
 
 template <class Op>
 void launch(const Act& given, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
-            const Mask& mask, const Exec& exec) {
+            const Mask& mask, const Exec& exec, const Buffer* add = nullptr) {
   const Act act = stored(given, in[0].dtype);
-  with_storage(in[0].dtype, [&](auto t) { launch<Op, decltype(t)>(act, in, out, mask, exec); });
+  with_storage(in[0].dtype,
+               [&](auto t) { launch<Op, decltype(t)>(act, in, out, mask, exec, add); });
 }
 
-void activation(const Act& act, const Buffer& x, const Buffer& y, const Mask& mask,
-                const Exec& exec) {
-  launch<Value>(act, {x}, {y}, mask, exec);
+void activation(const Act& act, const Buffer& x, const Buffer& residual, const Buffer& y,
+                const Mask& mask, const Exec& exec) {
+  launch<Value>(act, {x}, {y}, mask, exec, residual.given() ? &residual : nullptr);
 }
+
+}  // namespace
 
 void activation_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy, const Buffer& gx,
                     const Mask& mask, const Exec& exec) {
@@ -141,9 +162,14 @@ void activation_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy
   launch<Vjp<3>>(act, {x, gy}, {gx}, mask, exec);
 }
 
-void activation_jvp(const Act& act, const Buffer& x, const Buffer& tx, const Buffer& y,
-                    const Buffer& ty, const Mask& mask, const Exec& exec) {
-  launch<Jvp>(act, {x, tx}, {y, ty}, mask, exec);
+namespace {
+
+void activation_jvp(const Act& act, const Buffer& x, const Buffer& tx, const Buffer& residual,
+                    const Buffer& tresidual, const Buffer& y, const Buffer& ty, const Mask& mask,
+                    const Exec& exec) {
+  const Buffer add[] = {residual, tresidual};
+  const bool adds = residual.given() || tresidual.given();
+  launch<Jvp>(act, {x, tx}, {y, ty}, mask, exec, adds ? add : nullptr);
 }
 
 void activation_vjp_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy,
@@ -177,6 +203,8 @@ void activation_vjp_jvp(const Act& act, int order, const Buffer& x, const Buffer
     vjp_jvp<2>(act, x, gy, tx, tgy, gx, tgx, mask, exec);
 }
 
+}  // namespace
+
 void activation_vjp_sum(const Act& given, const Rows& rows, const Buffer& x, const Buffer& gy,
                         const Buffer& gx, const Buffer& sum, const Mask& mask, const Exec& exec) {
   const Act act = stored(given, x.dtype);
@@ -196,16 +224,18 @@ void activation_vjp_sum(const Act& given, const Rows& rows, const Buffer& x, con
   });
 }
 
+namespace {
+
 template <class F, class A>
 void value(const Act& act, const A* x, A* y, std::int64_t n) {
-  run<F, Value, A>(act, &x, &y, nullptr, n, false);
+  run<F, Value, A>(act, &x, &y, nullptr, nullptr, n, false);
 }
 
 template <class F, class A>
 void value_and_tangent(const Act& act, const A* x, const A* tx, A* y, A* ty, std::int64_t n) {
   const A* in[] = {x, tx};
   A* out[] = {y, ty};
-  run<F, Jvp, A>(act, in, out, nullptr, n, false);
+  run<F, Jvp, A>(act, in, out, nullptr, nullptr, n, false);
 }
 
 }  // namespace

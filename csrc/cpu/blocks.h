@@ -51,6 +51,12 @@ using ActivationJvpBlock = void (*)(const Act&, const A* x, const A* tx, A* y, A
 template <class A>
 ActivationJvpBlock<A> activation_jvp_block(Activation code);
 
+// Kernels of the table that others use.
+void activation_vjp(const Act&, int order, const Buffer& x, const Buffer& gy, const Buffer& gx,
+                    const Mask&, const Exec&);
+void activation_vjp_sum(const Act&, const Rows&, const Buffer& x, const Buffer& gy,
+                        const Buffer& gx, const Buffer& sum, const Mask&, const Exec&);
+
 // m[i] = dropout multiplier (0 or 1/(1-p)) of element `first + i` of sample `sample`, i < n.
 // The caller multiplies: y = m * f(z), so that a dropped NaN or infinity gives NaN, as torch does.
 template <class A>

@@ -1,5 +1,6 @@
-// linear: y = x w^T + bias, of any strides; linear_act_dropout: z = x w^T + bias, y = m f(z);
-// their JVPs, which share the packed operands of the primal; column_sum: the bias gradient.
+// linear: y = x w^T + bias, of any strides; linear_act_dropout: z = x w^T + bias, y = m f(z), plus
+// a residual; their JVPs, which share the packed operands of the primal; column_sum: the bias
+// gradient.
 //
 // Every thread computes a part of the result of its own, from operands that it packs itself: what
 // another core has written comes slower than it is packed again. Of x and w the operand with fewer
@@ -36,7 +37,9 @@ struct Epilogue {
 
   struct Output {
     const A* bias = nullptr;  // padded to whole tiles; sums start from it
-    T* z = nullptr;           // before the activation
+    const T* residual = nullptr;
+    std::int64_t residual_stride = 0;
+    T* z = nullptr;  // before the activation
     T* y = nullptr;
   };
   Output primal, tangent;
@@ -76,7 +79,8 @@ struct Epilogue {
 
   // Whether sums are results as they are, so that tiles may be written straight to y.
   bool plain() const {
-    return std::is_same_v<T, A> && !activation && !activation_jvp && !mask && !primal.z;
+    return std::is_same_v<T, A> && !activation && !activation_jvp && !mask && !primal.z &&
+           !primal.residual && !tangent.residual;
   }
   // Rows of a whole tile in y, which plain() allows to write to.
   TileRows<A> rows_in(const Output& out, std::int64_t row, std::int64_t col) const {
@@ -101,13 +105,21 @@ struct Epilogue {
   void after(const Output& out, A* sums, int pitch, std::int64_t row, std::int64_t col, int rows,
              int width) const {
     for (int i = 0; i < rows; ++i) {
-      write(out.y + (row + i) * y_stride + col, sums + i * pitch, width);
+      A* s = sums + i * pitch;
+      if (out.residual) add(s, out.residual + (row + i) * out.residual_stride + col, width);
+      write(out.y + (row + i) * y_stride + col, s, width);
     }
   }
 
   // Whole vectors, and a part of one at the end. Blocks of sums are padded to whole vectors.
   static JOPS_HD void multiply(A* s, const A* m, int width) {
     for (int j = 0; j < width; j += kLanes) store(s + j, load(s + j) * load(m + j));
+  }
+  static JOPS_HD void add(A* s, const T* more, int width) {
+    for (int j = 0; j < width; j += kLanes) {
+      const int left = width - j;
+      store(s + j, load(s + j) + (left < kLanes ? load_n(more + j, left) : load(more + j)));
+    }
   }
   JOPS_HD void write(T* to, const A* from, int width) const {
     int j = 0;
@@ -464,7 +476,7 @@ Matrix broadcast(Matrix a) {
 // Results of one kernel.
 struct Results {
   Buffer bias, tbias;
-  Matrix y, ty, z;
+  Matrix y, ty, z, residual, tresidual;
 };
 
 void run(const Operands& o, const Results& r, const Act* act, const Mask& mask, const Exec& exec) {
@@ -497,11 +509,16 @@ void run(const Operands& o, const Results& r, const Act* act, const Mask& mask, 
     const auto matrix = [](const Matrix& m, std::int64_t b) -> T* {
       return m.given() ? static_cast<T*>(m.data) + b * m.batch_stride : nullptr;
     };
+    const auto output = [&](const A* bias, const Matrix& residual, T* z, T* y, std::int64_t b) {
+      return typename Epilogue<T>::Output{bias, matrix(residual, b), residual.row_stride, z, y};
+    };
     const auto one = [&](std::int64_t b, int threads) {
       const Aligned<A> bias(room(r.bias)), tbias(room(r.tbias));
       Epilogue<T> finish = common;
-      finish.primal = {line(r.bias, b, bias.data), matrix(r.z, b), matrix(r.y, b)};
-      finish.tangent = {line(r.tbias, b, tbias.data), nullptr, matrix(r.ty, b)};
+      finish.primal =
+          output(line(r.bias, b, bias.data), r.residual, matrix(r.z, b), matrix(r.y, b), b);
+      finish.tangent =
+          output(line(r.tbias, b, tbias.data), r.tresidual, nullptr, matrix(r.ty, b), b);
       finish.sample = b;
       product<T>(operands, b, threads, finish);
     };
@@ -516,19 +533,21 @@ void run(const Operands& o, const Results& r, const Act* act, const Mask& mask, 
 
 void linear(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
             const Exec& exec) {
-  run({x, w, {}, {}}, {bias, {}, y, {}, {}}, nullptr, Mask{}, exec);
+  run({x, w, {}, {}}, {bias, {}, y, {}, {}, {}, {}}, nullptr, Mask{}, exec);
 }
 
-void linear_act_dropout(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
-                        const Matrix& z, const Act& act, const Mask& mask, const Exec& exec) {
-  run({x, w, {}, {}}, {bias, {}, y, {}, z}, &act, mask, exec);
+void linear_act_dropout(const Matrix& x, const Matrix& w, const Buffer& bias,
+                        const Matrix& residual, const Matrix& y, const Matrix& z, const Act& act,
+                        const Mask& mask, const Exec& exec) {
+  run({x, w, {}, {}}, {bias, {}, y, {}, z, residual, {}}, &act, mask, exec);
 }
 
-void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& tx,
-                            const Matrix& tw, const Buffer& tbias, const Matrix& y,
+void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias,
+                            const Matrix& residual, const Matrix& tx, const Matrix& tw,
+                            const Buffer& tbias, const Matrix& tresidual, const Matrix& y,
                             const Matrix& ty, const Matrix& z, const Act& act, const Mask& mask,
                             const Exec& exec) {
-  run({x, w, tx, tw}, {bias, tbias, y, ty, z}, &act, mask, exec);
+  run({x, w, tx, tw}, {bias, tbias, y, ty, z, residual, tresidual}, &act, mask, exec);
 }
 
 void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
@@ -547,12 +566,31 @@ void linear_vjp(const Matrix& x, const Matrix& w, const Matrix& gy, const Matrix
   if (gbias.given()) column_sum(gy, gbias, exec);
 }
 
+// gz is made once, with its sums, and read by both products: that takes less than making it again
+// while each of them packs.
+void linear_act_dropout_vjp(const Matrix& x, const Matrix& w, const Buffer& s, const Matrix& gy,
+                            const Matrix& gx, const Matrix& gw, const Buffer& gbias, const Act& act,
+                            const Mask& mask, const Exec& exec) {
+  const std::int64_t size = gy.batch * gy.rows * gy.cols;
+  const Aligned<char> memory(size * size_of(gy.dtype));
+  const Buffer given{gy.data, size, gy.dtype}, made{memory.data, size, gy.dtype};
+  if (gbias.given())
+    activation_vjp_sum(act, {gy.batch, gy.rows, gy.cols}, s.given() ? s : given, given, made, gbias,
+                       mask, exec);
+  else if (size > 0)
+    activation_vjp(act, 1, s.given() ? s : given, given, made, mask, exec);
+  Matrix gz = gy;
+  gz.data = made.data;
+  linear_vjp(x, w, gz, gx, gw, {}, exec);
+}
+
 }  // namespace
 
 void register_linear(Kernels& table) {
   table.linear = linear;
   table.linear_act_dropout = linear_act_dropout;
   table.linear_act_dropout_jvp = linear_act_dropout_jvp;
+  table.linear_act_dropout_vjp = linear_act_dropout_vjp;
   table.linear_vjp = linear_vjp;
   table.column_sum = column_sum;
   table.sum_workspace = [](const Rows&) -> std::int64_t { return 0; };

@@ -25,18 +25,25 @@ activation::Tensors<Op, T> tensors(const Buffer (&in)[Op::kIn], const Buffer (&o
 
 template <class Op>
 void launch(const Act& act, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
-            const Mask& mask, const Exec& exec) {
+            const Mask& mask, const Exec& exec, const Buffer* add = nullptr) {
   with_storage(in[0].dtype, [&](auto storage) {
     using T = decltype(storage);
     const std::int64_t size = in[0].size, tile = activation::kTile<Op, T>;
+    auto t = tensors<Op, T>(in, out);
+    for (int k = 0; add && k < Op::kOut; ++k) {
+      if (!add[k].given()) continue;
+      t.add[k] = static_cast<const T*>(add[k].data);
+      t.packs = t.packs && packs_at(add[k].data);
+    }
     dev::launch<activation::pointwise<Op, T>>(
         blocks((size + tile - 1) / tile), activation::kThreads, 0, dev::stream_of(exec),
-        activation::Function<T>(act), tensors<Op, T>(in, out), Dropout<Compute<T>>(mask, size));
+        activation::Function<T>(act), t, Dropout<Compute<T>>(mask, size));
   });
 }
 
-void forward(const Act& act, const Buffer& x, const Buffer& y, const Mask& mask, const Exec& exec) {
-  launch<Value>(act, {x}, {y}, mask, exec);
+void forward(const Act& act, const Buffer& x, const Buffer& residual, const Buffer& y,
+             const Mask& mask, const Exec& exec) {
+  launch<Value>(act, {x}, {y}, mask, exec, &residual);
 }
 
 void vjp(const Act& act, int order, const Buffer& x, const Buffer& gy, const Buffer& gx,
@@ -46,9 +53,11 @@ void vjp(const Act& act, int order, const Buffer& x, const Buffer& gy, const Buf
   launch<Vjp<3>>(act, {x, gy}, {gx}, mask, exec);
 }
 
-void jvp(const Act& act, const Buffer& x, const Buffer& tx, const Buffer& y, const Buffer& ty,
-         const Mask& mask, const Exec& exec) {
-  launch<Jvp>(act, {x, tx}, {y, ty}, mask, exec);
+void jvp(const Act& act, const Buffer& x, const Buffer& tx, const Buffer& residual,
+         const Buffer& tresidual, const Buffer& y, const Buffer& ty, const Mask& mask,
+         const Exec& exec) {
+  const Buffer add[] = {residual, tresidual};
+  launch<Jvp>(act, {x, tx}, {y, ty}, mask, exec, add);
 }
 
 void vjp_vjp(const Act& act, int order, const Buffer& x, const Buffer& gy, const Buffer& h,

@@ -58,8 +58,16 @@ template <class Op, class T>
 struct Tensors {
   const T* in[Op::kIn];
   T* out[Op::kOut];
+  const T* add[Op::kAdds ? Op::kOut : 1];  // residuals, or null
   std::int64_t size;
   bool packs;  // all of them start at sixteen bytes
+
+  // The pack of one of them from element `at` on.
+  __device__ __forceinline__ uint4 load(const T* from, std::int64_t at) const {
+    if (packs && at + kPack<T> <= size) return dev::load16(from + at);
+    if (at < size) return load_some(from + at, static_cast<int>(min_size(size - at, kPack<T>)));
+    return make_uint4(0, 0, 0, 0);
+  }
 };
 
 template <class Op, class T>
@@ -70,18 +78,17 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kTile<Op, T>;
   std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kTile<Op, T> + threadIdx.x * kEach;
   for (; begin < t.size; begin += step) {
-    uint4 raw[kPacks<Op>][Op::kIn];
+    uint4 raw[kPacks<Op>][Op::kIn], residual[kPacks<Op>][Op::kOut];
 #pragma unroll
     for (int p = 0; p < kPacks<Op>; ++p) {
       const std::int64_t at = begin + p * kThreads * kEach;
 #pragma unroll
-      for (int k = 0; k < Op::kIn; ++k) {
-        if (t.packs && at + kEach <= t.size)
-          raw[p][k] = dev::load16(t.in[k] + at);
-        else if (at < t.size)
-          raw[p][k] = load_some(t.in[k] + at, static_cast<int>(min_size(t.size - at, kEach)));
-        else
-          raw[p][k] = make_uint4(0, 0, 0, 0);
+      for (int k = 0; k < Op::kIn; ++k) raw[p][k] = t.load(t.in[k], at);
+      if constexpr (Op::kAdds) {
+#pragma unroll
+        for (int k = 0; k < Op::kOut; ++k) {
+          if (t.add[k]) residual[p][k] = t.load(t.add[k], at);
+        }
       }
     }
 #pragma unroll
@@ -98,6 +105,16 @@ __global__ void __launch_bounds__(kThreads)
         for (int k = 0; k < Op::kOut; ++k) {
 #pragma unroll
           for (int i = 0; i < kEach; ++i) out[k][i] *= multiplier(dropout, bits, i);
+        }
+      }
+      if constexpr (Op::kAdds) {
+#pragma unroll
+        for (int k = 0; k < Op::kOut; ++k) {
+          if (!t.add[k]) continue;
+          A more[kEach];
+          unpack<T>(residual[p][k], more);
+#pragma unroll
+          for (int i = 0; i < kEach; ++i) out[k][i] += more[i];
         }
       }
 #pragma unroll

@@ -1,5 +1,6 @@
 // The products of an elementwise activation f: what each reads, and what it writes given the jet
-// of f at in[0], which is x. A dropout multiplier scales all outputs.
+// of f at in[0], which is x. A dropout multiplier scales all outputs; kAdds: residuals may be added
+// to them after that.
 #pragma once
 
 #include "../kernels.h"
@@ -14,6 +15,7 @@ JOPS_HD V derivative(const Jet<V>& j) {
 
 struct Value {  // x -> y
   static constexpr int kIn = 1, kOut = 1;
+  static constexpr bool kAdds = true;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V*, V* out) {
     out[0] = j.f;
@@ -23,6 +25,7 @@ struct Value {  // x -> y
 template <int kOrder>
 struct Vjp {  // x, gy -> gx
   static constexpr int kIn = 2, kOut = 1;
+  static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
     out[0] = times<F>(derivative<kOrder>(j), in[1]);
@@ -31,6 +34,7 @@ struct Vjp {  // x, gy -> gx
 
 struct Jvp {  // x, tx -> y, ty
   static constexpr int kIn = 2, kOut = 2;
+  static constexpr bool kAdds = true;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
     out[0] = j.f;
@@ -41,6 +45,7 @@ struct Jvp {  // x, tx -> y, ty
 template <int kOrder>
 struct VjpVjp {  // x, gy, h -> hx, hgy
   static constexpr int kIn = 3, kOut = 2;
+  static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
     out[0] = times<F>(derivative<kOrder + 1>(j), in[1] * in[2]);
@@ -51,6 +56,7 @@ struct VjpVjp {  // x, gy, h -> hx, hgy
 template <int kOrder, bool kTgy>
 struct VjpJvp {  // x, gy, tx[, tgy] -> gx, tgx
   static constexpr int kIn = kTgy ? 4 : 3, kOut = 2;
+  static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
     out[0] = times<F>(derivative<kOrder>(j), in[1]);

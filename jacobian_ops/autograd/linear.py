@@ -10,7 +10,7 @@ Tensors are ``x (*batch, M, K)``, ``weight (*batch, N, K)``, ``bias (*batch, N)`
 from __future__ import annotations
 
 from .. import kernels
-from ..kernels._arguments import linear_result, result_like
+from ..kernels._arguments import linear_result
 from .activation import activation_jvp, activation_vjp, from_result
 from .dropout import dropout
 from .rule import Rule, define, front
@@ -111,9 +111,10 @@ class LinearVjp(Rule):
     @classmethod
     def vmap(cls, info, dims, gy, x, weight, bias):
         out = cls.op(*front(info, dims[:3], (gy, x, weight)), bias)
-        return out, tuple(
-            0 if there else None for there in (weight is not None, x is not None, bias)
-        )
+        return out, cls.batched(x, weight, bias)
+
+    def batched(x, weight, bias):
+        return tuple(0 if there else None for there in (weight is not None, x is not None, bias))
 
 
 class LinearJvp(Rule):
@@ -173,94 +174,96 @@ class ColumnSum(Rule):
         return x.sum(-2)
 
 
-class ActivationVjpSum(Rule):
-    """gx = m * f'(x) * gy and its sums over rows, in the pass that makes it."""
+def _kept(f, p, keep_z, residual, out):
+    """What the activation is differentiated at, and as what function of it.
 
-    schema = (
-        "activation_vjp_sum(Tensor x, Tensor gy, Tensor? seed, str f, float[] params, float p)"
-        " -> (Tensor, Tensor)"
-    )
-
-    def kernel(x, gy, seed, f, params, p):
-        act = kernels.Activation(f, tuple(params))
-        return kernels.activation_vjp_sum(x, gy, act, seed=seed, p=p)
-
-    def fake(x, gy, *_):
-        return result_like(x, row_major=True), ColumnSum.fake(x)
-
-    def composite(x, gy, seed, f, params, p):
-        gx = activation_vjp(x, gy, seed, f, params, p, 1)
-        return gx, column_sum(gx)
-
-
-def _kept(f, params, p, out):
-    """What the activation is differentiated at: the result, z, or None where neither is there."""
+    z if it was kept, the result if that is enough; else None, and z is to be computed again.
+    """
     y, z = out
-    return y if from_result(f, p) else z if z.numel() == y.numel() and f != "identity" else None
+    if keep_z or f == "identity":
+        return z if f != "identity" else None, f
+    of_result = None if residual is not None else from_result(f, p)
+    return (y, of_result) if of_result else (None, f)
 
 
-def _through(g, s, x, weight, bias, seed, f, params, p):
-    """``m * f'(z) * g``, with z computed again if ``s`` is None."""
+def _through(g, s, seed, f, params, p):
+    """``m * f'(s) * g``."""
     if f == "identity":
         return g if seed is None else dropout(g, seed, p)
-    s = linear(x, weight, bias) if s is None else s
-    return activation_vjp(s, g, seed, from_result(f, p) or f, params, p, 1)
+    return activation_vjp(s, g, seed, f, params, p, 1)
 
 
 class LinearActDropout(Rule):
-    """y = m * f(z) and z = x W^T + b, which is empty unless kept for the derivative.
+    """y = residual + m * f(z) and z = x W^T + b, which is empty unless kept for the derivative.
 
     A derivative that needs a ``z`` that was not kept computes it again.
     """
 
     schema = (
-        "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor? seed, str f,"
-        " float[] params, float p, bool keep_z) -> (Tensor, Tensor)"
+        "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed,"
+        " str f, float[] params, float p, bool keep_z) -> (Tensor, Tensor)"
     )
 
-    def kernel(x, weight, bias, seed, f, params, p, keep_z):
+    def kernel(x, weight, bias, residual, seed, f, params, p, keep_z):
         act = kernels.Activation(f, tuple(params))
-        y, z = kernels.linear_act_dropout(x, weight, bias, act, p, seed, keep_z=keep_z)
+        y, z = kernels.linear_act_dropout(
+            x, weight, bias, act, p, seed, residual=residual, keep_z=keep_z
+        )
         return y, x.new_empty(0) if z is None else z
 
-    def fake(x, weight, bias, seed, f, params, p, keep_z):
+    def fake(x, weight, bias, residual, seed, f, params, p, keep_z):
         return linear_result(x, weight), linear_result(x, weight) if keep_z else x.new_empty(0)
 
     def save(args, out, needs):
-        x, weight, bias, seed, f, params, p, keep_z = args
-        s = _kept(f, params, p, out)
-        if s is None and f != "identity":  # z is computed again
+        x, weight, bias, residual, seed, f, params, p, keep_z = args
+        s, _ = _kept(f, p, keep_z, residual, out)
+        if s is None and f != "identity":
             return x, weight, bias, seed, None
         return x if needs[1] else None, weight if needs[0] else None, None, seed, s
 
     def vjp(saved, consts, needs, gy, gz):
         (x, weight, bias, seed, s), (f, params, p, keep_z) = saved, consts
-        if gy is not None and needs[2] and f != "identity" and (gz is None or not keep_z):
-            s = linear(x, weight, bias) if s is None else s
-            gz, gbias = activation_vjp_sum(s, gy, seed, from_result(f, p) or f, params, p)
-            gx, gweight, _ = Linear.vjp((x, weight), (), (*needs[:2], False), gz)
-            return gx, gweight, gbias, None
-        if gy is not None:
-            gy = _through(gy, s, x, weight, bias, seed, f, params, p)
-        gz = _add(gy, gz if keep_z else None)
+        gresidual = gy if needs[3] else None
+        if s is None and f != "identity":
+            s = linear(x, weight, bias)
+        elif not keep_z:  # s is the result
+            f = from_result(f, p) or f
+        gz = gz if keep_z else None
+        if f == "identity" and seed is None:
+            gy, gz = None, _add(gy, gz)
+        if gy is None and gz is None:
+            return None, None, None, gresidual, None
+        factors = x if needs[1] else None, weight if needs[0] else None
         if gz is None:
-            return (None,) * 4
-        return *Linear.vjp((x, weight), (), needs, gz), None
+            rest = seed, bool(needs[2]), f, params, p
+            gradients = linear_act_dropout_vjp(gy, s, *factors, *rest)
+        else:
+            through = None if gy is None else _through(gy, s, seed, f, params, p)
+            gradients = linear_vjp(_add(gz, through), *factors, bool(needs[2]))
+        gradients = (g if n else None for g, n in zip(gradients, needs, strict=False))
+        return *gradients, gresidual, None
 
     def jvp(primals, out, tangents):
-        x, weight, bias, seed, f, params, p, keep_z = primals
-        tz = _tangent(x, weight, *tangents[:3])
-        s = _kept(f, params, p, out)
-        ty = _through(tz, s, x, weight, bias, seed, f, params, p)
+        x, weight, bias, residual, seed, f, params, p, keep_z = primals
+        tx, tweight, tbias, tresidual, _ = tangents
+        tz = _tangent(x, weight, tx, tweight, tbias)
+        if tz is None:  # a copy: a tangent may not be the very tensor that came in
+            return tresidual.clone(), None
+        s, at = _kept(f, p, keep_z, residual, out)
+        if s is None and f != "identity":
+            s = linear(x, weight, bias)
+        ty = _add(_through(tz, s, seed, at, params, p), tresidual)
         return ty, tz if keep_z else None
 
     def dual(primals, tangents):
-        x, weight, bias, seed, f, params, p, keep_z = primals
+        x, weight, bias, residual, seed, f, params, p, keep_z = primals
+        tresidual = tangents[3]
         if keep_z:
             z, tz = linear_jvp(x, weight, bias, *tangents[:3])
             y, ty = activation_jvp(z, tz, seed, f, params, p)
-            return (y, z), (ty, tz)
-        y, ty = linear_act_dropout_jvp(x, weight, bias, *tangents[:3], seed, f, params, p)
+            return (_add(y, residual), z), (_add(ty, tresidual), tz)
+        rest = seed, f, params, p
+        y, ty = linear_act_dropout_jvp(x, weight, bias, residual, *tangents[:4], *rest)
         return (y, x.new_empty(0)), (ty, None)
 
     @classmethod
@@ -269,29 +272,59 @@ class LinearActDropout(Rule):
         return (y, z), (0, 0 if args[-1] else None)
 
 
+class LinearActDropoutVjp(Rule):
+    """linear_vjp of gz = m * f'(s) * gy; without s, f is the identity."""
+
+    schema = (
+        "linear_act_dropout_vjp(Tensor gy, Tensor? s, Tensor? x, Tensor? weight, Tensor? seed,"
+        " bool bias, str f, float[] params, float p) -> (Tensor, Tensor, Tensor)"
+    )
+
+    def kernel(gy, s, x, weight, seed, bias, f, params, p):
+        act, needs = kernels.Activation(f, tuple(params)), (weight is not None, x is not None, bias)
+        gradients = kernels.linear_act_dropout_vjp(x, weight, s, gy, act, p, seed, needs)
+        return tuple(gy.new_empty(0) if g is None else g for g in gradients)
+
+    def fake(gy, s, x, weight, seed, bias, *_):
+        return LinearVjp.fake(gy, x, weight, bias)
+
+    def composite(gy, s, x, weight, seed, bias, f, params, p):
+        return LinearVjp.composite(_through(gy, s, seed, f, params, p), x, weight, bias)
+
+    @classmethod
+    def vmap(cls, info, dims, gy, s, x, weight, seed, bias, *consts):
+        out = cls.op(*front(info, dims[:5], (gy, s, x, weight, seed)), bias, *consts)
+        return out, LinearVjp.batched(x, weight, bias)
+
+
 class LinearActDropoutJvp(Rule):
     """linear_act_dropout and its tangent, the operands read and packed once."""
 
     schema = (
-        "linear_act_dropout_jvp(Tensor x, Tensor weight, Tensor? bias, Tensor? tx, Tensor? tweight,"
-        " Tensor? tbias, Tensor? seed, str f, float[] params, float p) -> (Tensor, Tensor)"
+        "linear_act_dropout_jvp(Tensor x, Tensor weight, Tensor? bias, Tensor? residual,"
+        " Tensor? tx, Tensor? tweight, Tensor? tbias, Tensor? tresidual, Tensor? seed, str f,"
+        " float[] params, float p) -> (Tensor, Tensor)"
     )
 
-    def kernel(x, weight, bias, tx, tweight, tbias, seed, f, params, p):
+    def kernel(x, weight, bias, residual, tx, tweight, tbias, tresidual, seed, f, params, p):
         act = kernels.Activation(f, tuple(params))
-        return kernels.linear_act_dropout_jvp(x, weight, bias, tx, tweight, tbias, act, p, seed)
+        residuals = dict(residual=residual, tresidual=tresidual)
+        return kernels.linear_act_dropout_jvp(
+            x, weight, bias, tx, tweight, tbias, act, p, seed, **residuals
+        )
 
     fake = LinearJvp.fake
 
-    def composite(x, weight, bias, tx, tweight, tbias, seed, f, params, p):
+    def composite(x, weight, bias, residual, tx, tweight, tbias, tresidual, seed, f, params, p):
         z, tz = linear_jvp(x, weight, bias, tx, tweight, tbias)
-        return activation_jvp(z, tz, seed, f, params, p)
+        y, ty = activation_jvp(z, tz, seed, f, params, p)
+        return _add(y, residual), _add(ty, tresidual)
 
 
 linear = define(Linear)
 linear_vjp = define(LinearVjp)
 linear_jvp = define(LinearJvp)
 column_sum = define(ColumnSum)
-activation_vjp_sum = define(ActivationVjpSum)
 linear_act_dropout = define(LinearActDropout)
+linear_act_dropout_vjp = define(LinearActDropoutVjp)
 linear_act_dropout_jvp = define(LinearActDropoutJvp)

@@ -23,6 +23,7 @@ from .linear import (
     linear,
     linear_act_dropout,
     linear_act_dropout_jvp,
+    linear_act_dropout_vjp,
     linear_jvp,
     linear_vjp,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "linear",
     "linear_act_dropout",
     "linear_act_dropout_jvp",
+    "linear_act_dropout_vjp",
     "linear_jvp",
     "linear_vjp",
     "log_softmax",

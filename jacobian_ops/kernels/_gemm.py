@@ -142,6 +142,29 @@ def torch_is_faster_for_gweight(gy: Tensor, x: Tensor) -> bool:
     return not _ours_in_16_bits(gy.dtype, m, n, k)
 
 
+def torch_is_faster_for_vjp(
+    gy: Tensor, weight: Tensor | None, x: Tensor | None, sums: bool
+) -> bool:
+    """For ``gz W``, ``gz^T x`` and the sums of ``gz = m f'(s) gy``: whether torch's are to run.
+
+    A factor is None where its product is not wanted.
+    """
+    if weight is None and x is None:
+        return True  # no product: only sums, of which a kernel has more blocks than one of products
+    if not _backend.on_device(gy):
+        return (weight is not None and torch_is_faster_for_gx(gy, weight)) or (
+            x is not None and torch_is_faster_for_gweight(gy, x)
+        )
+    if not _torch_serves(gy, weight, x):
+        return False
+    steps = 0
+    if weight is not None:
+        steps += tuning.steps(gy, weight.mT)
+    if x is not None or sums:
+        steps += tuning.steps(gy.mT, gy.mT[..., :1, :] if x is None else x.mT)
+    return CHOICE == "torch" or steps > tuning.limits(gy.device)["vjp"][gy.dtype]
+
+
 @contextlib.contextmanager
 def _as_they_are():
     """Neither recorded by autograd nor cast by autocast."""

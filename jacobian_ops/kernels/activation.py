@@ -109,12 +109,22 @@ def _run(op, names, tensors, out, name, params, seed, p, order=None):
 
 
 @arrays_too
-def activation(x: Tensor, name, *, seed=None, p: float = 0.0, out=None, **params) -> Tensor:
-    """``y = m * f(x)``.
+def activation(
+    x: Tensor,
+    name,
+    *,
+    residual: Tensor | None = None,
+    seed=None,
+    p: float = 0.0,
+    out=None,
+    **params,
+) -> Tensor:
+    """``y = m * f(x)``, plus a residual.
 
     Args:
         x: Input of any shape; float64, float32, bfloat16 or float16.
         name: One of :data:`NAMES`; its parameters are keywords, as in torch.nn.functional.
+        residual: What is added, of the shape and dtype of ``x``.
         seed: Dropout seed, int or int64 tensor of shape (*batch); None for no dropout.
         p: Dropout probability.
         out: Where to write, laid out as the result.
@@ -123,7 +133,8 @@ def activation(x: Tensor, name, *, seed=None, p: float = 0.0, out=None, **params
     Returns:
         Tensor of the shape and dtype of ``x``.
     """
-    return _run("activation", ("x",), (x,), (out,), name, params, seed, p)[0]
+    tensors = x, residual
+    return _run("activation", ("x", "residual"), tensors, (out,), name, params, seed, p)[0]
 
 
 @arrays_too
@@ -189,14 +200,17 @@ def activation_jvp(
     tx: Tensor,
     name,
     *,
+    residual: Tensor | None = None,
+    tresidual: Tensor | None = None,
     seed=None,
     p: float = 0.0,
     out=(None, None),
     **params,
 ) -> tuple[Tensor, Tensor]:
-    """``y = m * f(x)`` and its tangent ``ty = m * f'(x) * tx`` in one pass."""
+    """``y = m * f(x)`` and its tangent ``ty = m * f'(x) * tx`` in one pass, plus residuals."""
     op = "activation_jvp"
-    return _run(op, ("x", "tx"), (x, tx), out, name, params, seed, p)
+    names, tensors = ("x", "tx", "residual", "tresidual"), (x, tx, residual, tresidual)
+    return _run(op, names, tensors, out, name, params, seed, p)
 
 
 @arrays_too

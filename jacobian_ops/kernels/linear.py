@@ -18,11 +18,19 @@ from ._arguments import (
     check_same,
     check_seed,
     linear_result,
+    operands,
     output,
     rows,
     seed_tensor,
 )
-from .activation import _native_act, activation, activation_jvp, resolve
+from .activation import (
+    _native_act,
+    activation,
+    activation_jvp,
+    activation_vjp,
+    activation_vjp_sum,
+    resolve,
+)
 
 _IDENTITY = resolve("linear_jvp", "identity")
 
@@ -61,10 +69,28 @@ def _matrix(t):
 
 
 def _line(t):
-    """A bias as one run of memory; None stays."""
+    """``t`` as one run of memory; None stays."""
     if t is None or (t.is_contiguous() and not t.is_neg()):
         return t
     return t.resolve_neg().contiguous()
+
+
+def _rows(t):
+    """What is added to a result, as a matrix of contiguous rows; None stays."""
+    return _matrix(_line(t))
+
+
+def _check_residual(op, x, weight, name, t):
+    """Raise unless ``t`` can be added to ``x W^T``."""
+    if t is None:
+        return
+    check_same(op, "x", x, name, t)
+    shape = (*x.shape[:-1], weight.shape[-2])
+    if t.shape != shape:
+        raise RuntimeError(
+            f"{op}: {name} has shape {list(t.shape)}; allowed: {list(shape)}, the shape of the "
+            "result"
+        )
 
 
 def _described(t, describe):
@@ -178,10 +204,7 @@ def linear_vjp(
     """
     op = "linear_vjp"
     check_dtype(op, "gy", gy)
-    if gy.dim() < 2:
-        raise RuntimeError(f"{op}: gy has shape {list(gy.shape)}; allowed: (*batch, M, N)")
-    # gy has the rows of x and, as columns, the rows of W.
-    *batch, rows, cols = gy.shape
+    batch, rows, cols = _cotangent_shape(op, gy)
     gx = gweight = gbias = None
     own = [None, None, None]  # what is left to our kernel
     if needs[0]:
@@ -199,23 +222,38 @@ def linear_vjp(
     if needs[2]:
         gbias = own[2] = gy.new_empty((*batch, cols))
     if any(t is not None for t in own):
-        x = None if own[1] is None else _matrix(x)
-        weight = None if own[0] is None else _matrix(weight)
-        gy = _matrix(gy if gy.dim() > 2 else gy.unsqueeze(0))
-        _backend.run(
-            op,
-            "gy",
-            gy,
-            op,
-            _described(x, _backend.matrix),
-            _described(weight, _backend.matrix),
-            _backend.matrix(gy),
-            _described(_matrix(own[0]), _backend.matrix),
-            _described(_matrix(own[1]), _backend.matrix),
-            _described(own[2], _backend.buffer),
-            sums=None if own[2] is None else (*gy.shape, 1.0),
-        )
+        x = None if own[1] is None else x
+        weight = None if own[0] is None else weight
+        _run_vjp(op, x, weight, gy, *own)
     return gx, gweight, gbias
+
+
+def _cotangent_shape(op, gy):
+    """Batch, rows and columns of ``gy``: the rows of x and, as columns, the rows of W."""
+    if gy.dim() < 2:
+        raise RuntimeError(f"{op}: gy has shape {list(gy.shape)}; allowed: (*batch, M, N)")
+    *batch, rows, cols = gy.shape
+    return batch, rows, cols
+
+
+def _run_vjp(op, x, weight, gy, gx, gweight, gbias, before_gy=(), after=()):
+    """Run our kernel of a VJP; a factor is None where its product is not wanted."""
+    gy = _matrix(gy if gy.dim() > 2 else gy.unsqueeze(0))
+    _backend.run(
+        op,
+        "gy",
+        gy,
+        op,
+        _described(_matrix(x), _backend.matrix),
+        _described(_matrix(weight), _backend.matrix),
+        *before_gy,
+        _backend.matrix(gy),
+        _described(_matrix(gx), _backend.matrix),
+        _described(_matrix(gweight), _backend.matrix),
+        _described(gbias, _backend.buffer),
+        *after,
+        sums=None if gbias is None else (*gy.shape, 1.0),
+    )
 
 
 @arrays_too
@@ -247,10 +285,11 @@ def linear_act_dropout(
     p: float = 0.0,
     seed=None,
     *,
+    residual: Tensor | None = None,
     keep_z: bool = False,
     **params,
 ) -> tuple[Tensor, Tensor | None]:
-    """``y = m * f(z)``, ``z = x W^T + b``: one GEMM with activation and dropout on its tiles.
+    """``y = residual + m * f(z)``, ``z = x W^T + b``: one GEMM, and the rest on its tiles.
 
     Args:
         x: (*batch, M, K).
@@ -259,6 +298,7 @@ def linear_act_dropout(
         name: An activation, see :func:`jacobian_ops.kernels.activation`.
         p: Dropout probability.
         seed: Dropout seed, int or int64 tensor of shape (*batch); None for no dropout.
+        residual: (*batch, M, N).
         keep_z: Return ``z`` as well, which the derivatives need.
         params: Parameters of the activation.
 
@@ -267,15 +307,16 @@ def linear_act_dropout(
     """
     op = "linear_act_dropout"
     _check(op, "x weight bias", x, weight, bias)
+    _check_residual(op, x, weight, "residual", residual)
     f = resolve(op, name, **params)
     seed = _mask_seed(op, seed, p, x)
     if _gemm.torch_is_faster_unfused(x, weight):
         z = _gemm.linear(x, weight, bias)
-        return activation(z, f, seed=seed, p=p), z if keep_z else None
+        return activation(z, f, residual=residual, seed=seed, p=p), z if keep_z else None
     y = linear_result(x, weight)
     z = torch.empty_like(y) if keep_z else None
     if y.numel():
-        x, weight, bias = _matrix(x), _matrix(weight), _line(bias)
+        x, weight, bias, residual = _matrix(x), _matrix(weight), _line(bias), _rows(residual)
         _backend.run(
             op,
             "x",
@@ -284,6 +325,7 @@ def linear_act_dropout(
             _backend.matrix(x),
             _backend.matrix(weight),
             _described(bias, _backend.buffer),
+            _described(residual, _backend.matrix),
             _backend.matrix(_matrix(y)),
             _described(_matrix(z), _backend.matrix),
             _native_act(f),
@@ -303,20 +345,83 @@ def linear_act_dropout_jvp(
     name="gelu",
     p: float = 0.0,
     seed=None,
+    *,
+    residual: Tensor | None = None,
+    tresidual: Tensor | None = None,
     **params,
 ) -> tuple[Tensor, Tensor]:
     """:func:`linear_act_dropout` and its tangent, each operand read and packed once.
 
-    ``ty = m * f'(z) * tz`` with ``tz`` of :func:`linear_jvp`; an absent tangent is None.
+    ``ty = tresidual + m * f'(z) * tz``, ``tz`` of :func:`linear_jvp`; an absent tangent is None.
     """
     op = "linear_act_dropout_jvp"
     f = resolve(op, name, **params)
     _check_dual(op, x, weight, bias, tx, tweight, tbias)
+    _check_residual(op, x, weight, "residual", residual)
+    _check_residual(op, x, weight, "tresidual", tresidual)
     seed = _mask_seed(op, seed, p, x)
     if _gemm.torch_is_faster_unfused(x, weight, tx, tweight):
         z, tz = _gemm.dual(x, weight, bias, tx, tweight, tbias)
-        return activation_jvp(z, tz, f, seed=seed, p=p)
-    return _dual(op, x, weight, bias, tx, tweight, tbias, f, p, seed)
+        return activation_jvp(z, tz, f, residual=residual, tresidual=tresidual, seed=seed, p=p)
+    return _dual(op, x, weight, bias, tx, tweight, tbias, f, p, seed, residual, tresidual)
+
+
+@arrays_too
+def linear_act_dropout_vjp(
+    x: Tensor | None,
+    weight: Tensor | None,
+    s: Tensor | None,
+    gy: Tensor,
+    name="gelu",
+    p: float = 0.0,
+    seed=None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    **params,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """VJP of :func:`linear_act_dropout`: :func:`linear_vjp` of ``gz = m * f'(s) * gy``.
+
+    Args:
+        x: (*batch, M, K); may be None where ``gweight`` is not needed.
+        weight: (*batch, N, K); may be None where ``gx`` is not needed.
+        s: What the activation is differentiated at, (*batch, M, N): ``z``.  None for the identity.
+        gy: (*batch, M, N).
+        name: As for :func:`linear_act_dropout`.
+        p: Dropout probability.
+        seed: As for :func:`linear_act_dropout`.
+        needs: Which cotangents to compute.
+        params: Parameters of the activation.
+
+    Returns:
+        Cotangents of ``x``, of ``weight`` and of the bias, (*batch, N); None for one not needed.
+    """
+    op = "linear_act_dropout_vjp"
+    f = resolve(op, name, **params)
+    if s is None and f.function != "identity":
+        raise TypeError(f"{op}: s is None; only the identity is differentiated without it")
+    gy, s = operands(op, ("gy", "s"), (gy, s), row_major=True)
+    batch, rows, cols = _cotangent_shape(op, gy)
+    seed = _mask_seed(op, seed, p, gy)
+    if s is None and seed is None:
+        return linear_vjp(x, weight, gy, needs)
+    if needs[0]:
+        _check_factor(op, gy, "weight", weight, (*batch, cols))
+    if needs[1]:
+        _check_factor(op, gy, "x", x, (*batch, rows))
+    weight, x = weight if needs[0] else None, x if needs[1] else None
+    if _gemm.torch_is_faster_for_vjp(gy, weight, x, needs[2]):
+        at = gy if s is None else s
+        gz, gbias = (
+            activation_vjp_sum(at, gy, f, seed=seed, p=p)
+            if needs[2]
+            else (activation_vjp(at, gy, f, seed=seed, p=p), None)
+        )
+        return *linear_vjp(x, weight, gz, (*needs[:2], False))[:2], gbias
+    gx = None if weight is None else gy.new_empty((*batch, rows, weight.shape[-1]))
+    gweight = None if x is None else gy.new_empty((*batch, cols, x.shape[-1]))
+    gbias = gy.new_empty((*batch, cols)) if needs[2] else None
+    act, mask = _native_act(f), _backend.mask(seed, p)
+    _run_vjp(op, x, weight, gy, gx, gweight, gbias, (_described(s, _backend.buffer),), (act, mask))
+    return gx, gweight, gbias
 
 
 def _check_dual(op, x, weight, bias, tx, tweight, tbias):
@@ -333,12 +438,13 @@ def _check_dual(op, x, weight, bias, tx, tweight, tbias):
                 )
 
 
-def _dual(op, x, weight, bias, tx, tweight, tbias, f, p, seed):
+def _dual(op, x, weight, bias, tx, tweight, tbias, f, p, seed, residual=None, tresidual=None):
     """Primal and tangent from checked arguments, in one kernel."""
     y, ty = linear_result(x, weight), linear_result(x, weight)
     if y.numel():
         x, weight, tx, tweight = map(_matrix, (x, weight, tx, tweight))
         bias, tbias = _line(bias), _line(tbias)
+        residual, tresidual = _rows(residual), _rows(tresidual)
         _backend.run(
             op,
             "x",
@@ -347,9 +453,11 @@ def _dual(op, x, weight, bias, tx, tweight, tbias, f, p, seed):
             _backend.matrix(x),
             _backend.matrix(weight),
             _described(bias, _backend.buffer),
+            _described(residual, _backend.matrix),
             _described(tx, _backend.matrix),
             _described(tweight, _backend.matrix),
             _described(tbias, _backend.buffer),
+            _described(tresidual, _backend.matrix),
             _backend.matrix(_matrix(y)),
             _backend.matrix(_matrix(ty)),
             None,

@@ -13,6 +13,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx (::cuda_on_host::place.thread)
 #define blockIdx (::cuda_on_host::place.block)

@@ -43,6 +43,12 @@ PRODUCTS = {
     "linear_act_dropout_jvp": lambda a, b, c: kernels.linear_act_dropout_jvp(
         a, b, None, c, c[: len(b)], None, "gelu", 0.1, 1
     ),
+    "linear_act_dropout": lambda a, b, c: kernels.linear_act_dropout(
+        a, b, None, "gelu", 0.1, 1, residual=a @ b.T
+    )[0],
+    "linear_act_dropout_vjp": lambda a, b, c: kernels.linear_act_dropout_vjp(
+        a, b, a @ b.T, c @ b.T, "gelu", 0.1, 1
+    ),
 }
 
 
