@@ -160,34 +160,36 @@ def test_residuals(m, k, n, dtype):
     def wide(*tensors):
         return (t.double() for t in tensors)
 
-    def close(got, want, terms):
+    def close(got, want, residual, terms):
+        """``terms``: what the errors before the residual are relative to."""
         eps = 1e-14 if dtype is torch.float64 else torch.finfo(dtype).eps
+        add = torch.zeros_like(want) if residual is None else residual.double()
         assert got.dtype == dtype
-        assert ((got.double() - want).abs() <= 2 * eps * (want.abs() + terms + 1)).all()
+        error = (got.double() - (want + add)).abs()
+        assert (error <= 2 * eps * (want.abs() + add.abs() + terms + 1)).all()
 
     rest = "silu", 0.3, 5
+    of_z, of_tz = (t.double().abs() @ weight.mT.double().abs() / 0.7 for t in (x, tx))
     y, _ = kernels.linear_act_dropout(x, weight, bias, *rest, residual=r)
     want, _ = kernels.linear_act_dropout(*wide(x, weight, bias), *rest)
-    close(y, want + r.double(), x.double().abs() @ weight.mT.double().abs())
+    close(y, want, r, of_z)
     y, ty = kernels.linear_act_dropout_jvp(
         x, weight, bias, tx, None, None, *rest, residual=r, tresidual=tr
     )
-    want = kernels.linear_act_dropout_jvp(*wide(x, weight, bias, tx), None, None, *rest)
-    of_z, of_tz = (t.double().abs() @ weight.mT.double().abs() for t in (x, tx))
-    close(y, want[0] + r.double(), of_z)
+    want, twant = kernels.linear_act_dropout_jvp(*wide(x, weight, bias, tx), None, None, *rest)
     tz = tx.double() @ weight.mT.double()
-    close(ty, want[1] + tr.double(), of_tz + of_z * tz.abs())  # f'(z) has the error of z too
+    close(y, want, r, of_z)
+    close(ty, twant, tr, of_tz + of_z * tz.abs())  # f'(z) has the error of z too
     z, tz = torch.randn(m, n).to(dtype), torch.randn(m, n).to(dtype)
     options = dict(seed=5, p=0.3)
     want, twant = kernels.activation_jvp(*wide(z, tz), "silu", **options)
-    close(kernels.activation(z, "silu", residual=r, **options), want + r.double(), 0)
+    close(kernels.activation(z, "silu", residual=r, **options), want, r, 0)
     for given in ((r, tr), (r, None), (None, tr)):
-        add = [0 if t is None else t.double() for t in given]
         y, ty = kernels.activation_jvp(
             z, tz, "silu", residual=given[0], tresidual=given[1], **options
         )
-        close(y, want + add[0], 0)
-        close(ty, twant + add[1], 0)
+        close(y, want, given[0], 0)
+        close(ty, twant, given[1], tz.double().abs() / 0.7)
 
 
 def test_docstrings():
