@@ -7,8 +7,7 @@
 // sums (Milakov and Gimelshein, arXiv:1805.02867), one for outputs. Each column is summed in the
 // same order whatever the strip, so bits depend on neither path nor thread. The formulas are in
 // math/softmax.h.
-#include "../math/softmax.h"
-
+#include "../softmax_table.h"
 #include "blocks.h"
 
 namespace jops::JOPS_ISA {
@@ -267,7 +266,7 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
 }
 
 template <class Op, class T, bool kMasked>
-void run(const Call<T>& call, int threads) {
+void each_row(const Call<T>& call, int threads) {
   const auto [outer, n, inner, scale] = call.rows;
   threads = useful_threads(call.size, threads);
   if (inner == 1) {
@@ -295,107 +294,38 @@ void run(const Call<T>& call, int threads) {
   }
 }
 
-template <class Op, bool kMasked = false>
-void launch(const Rows& rows, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
-            const Exec& exec, const Mask& mask = {}) {
-  with_storage(in[0].dtype, [&](auto storage) {
-    using T = decltype(storage);
-    Call<T> call{};
-    for (int k = 0; k < Op::kIn; ++k) call.in[k] = static_cast<const T*>(in[k].data);
-    for (int k = 0; k < Op::kOut; ++k) call.out[k] = static_cast<T*>(out[k].data);
-    call.rows = rows;
-    call.mask = mask;
-    call.size = in[0].size;
-    call.streams = should_stream(Op::kOut * call.size * static_cast<std::int64_t>(sizeof(T)));
-    // Some way into a vector, but not into an element.
-    call.streams = call.streams && reinterpret_cast<std::uintptr_t>(call.out[0]) % sizeof(T) == 0;
-    for (int k = 1; k < Op::kOut; ++k) {
-      const auto apart = reinterpret_cast<std::uintptr_t>(call.out[k]) -
-                         reinterpret_cast<std::uintptr_t>(call.out[0]);
-      call.streams = call.streams && apart % kVectorBytes == 0;
-    }
-    run<Op, T, kMasked>(call, exec.threads);
-  });
-}
-
-void softmax(const Rows& rows, const Buffer& x, const Buffer& y, const Exec& exec) {
-  launch<SoftmaxRow>(rows, {x}, {y}, exec);
-}
-void softmax_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& gx,
-                 const Exec& exec) {
-  launch<SoftmaxVjpRow>(rows, {y, gy}, {gx}, exec);
-}
-void softmax_jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y,
-                 const Buffer& ty, const Exec& exec) {
-  launch<SoftmaxJvpRow>(rows, {x, tx}, {y, ty}, exec);
-}
-void softmax_vjp_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& h,
-                     const Buffer& hy, const Buffer& hgy, const Exec& exec) {
-  launch<SoftmaxVjpVjpRow>(rows, {y, gy, h}, {hy, hgy}, exec);
-}
-
-// The tangents that are given decide which struct runs.
-template <template <bool, bool> class Row>
-void vjp_jvp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& ty,
-             const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec& exec) {
-  if (!ty.given())
-    launch<Row<false, true>>(rows, {y, gy, tgy}, {gx, tgx}, exec);
-  else if (!tgy.given())
-    launch<Row<true, false>>(rows, {y, gy, ty}, {gx, tgx}, exec);
-  else
-    launch<Row<true, true>>(rows, {y, gy, ty, tgy}, {gx, tgx}, exec);
-}
-
-void log_softmax(const Rows& rows, const Buffer& x, const Buffer& y, const Exec& exec) {
-  launch<LogSoftmaxRow>(rows, {x}, {y}, exec);
-}
-void log_softmax_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& gx,
-                     const Exec& exec) {
-  launch<LogSoftmaxVjpRow>(rows, {y, gy}, {gx}, exec);
-}
-void log_softmax_tangent(const Rows& rows, const Buffer& y, const Buffer& tx, const Buffer& ty,
-                         const Exec& exec) {
-  launch<LogSoftmaxTangentRow>(rows, {y, tx}, {ty}, exec);
-}
-void log_softmax_jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y,
-                     const Buffer& ty, const Exec& exec) {
-  launch<LogSoftmaxJvpRow>(rows, {x, tx}, {y, ty}, exec);
-}
-void log_softmax_vjp_vjp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& h,
-                         const Buffer& hy, const Buffer& hgy, const Exec& exec) {
-  launch<LogSoftmaxVjpVjpRow>(rows, {y, gy, h}, {hy, hgy}, exec);
-}
-
-void softmax_dropout(const Rows& rows, const Buffer& x, const Buffer& y, const Mask& mask,
-                     const Exec& exec) {
-  launch<SoftmaxRow, true>(rows, {x}, {y}, exec, mask);
-}
-void softmax_dropout_vjp(const Rows& rows, const Buffer& x, const Buffer& gy, const Buffer& gx,
-                         const Mask& mask, const Exec& exec) {
-  launch<SoftmaxDropoutVjpRow, true>(rows, {x, gy}, {gx}, exec, mask);
-}
-void softmax_dropout_jvp(const Rows& rows, const Buffer& x, const Buffer& tx, const Buffer& y,
-                         const Buffer& ty, const Mask& mask, const Exec& exec) {
-  launch<SoftmaxJvpRow, true>(rows, {x, tx}, {y, ty}, exec, mask);
-}
+struct Launch {
+  template <class Op, bool kMasked = false>
+  static void run(const Rows& rows, const Buffer (&in)[Op::kIn], const Buffer (&out)[Op::kOut],
+                  const Exec& exec, const Mask& mask = {}) {
+    with_storage(in[0].dtype, [&](auto storage) {
+      using T = decltype(storage);
+      Call<T> call{};
+      for (int k = 0; k < Op::kIn; ++k) call.in[k] = static_cast<const T*>(in[k].data);
+      for (int k = 0; k < Op::kOut; ++k) call.out[k] = static_cast<T*>(out[k].data);
+      call.rows = rows;
+      call.mask = mask;
+      call.size = in[0].size;
+      call.streams = should_stream(Op::kOut * call.size * static_cast<std::int64_t>(sizeof(T)));
+      // Some way into a vector, but not into an element.
+      call.streams = call.streams && reinterpret_cast<std::uintptr_t>(call.out[0]) % sizeof(T) == 0;
+      for (int k = 1; k < Op::kOut; ++k) {
+        const auto apart = reinterpret_cast<std::uintptr_t>(call.out[k]) -
+                           reinterpret_cast<std::uintptr_t>(call.out[0]);
+        call.streams = call.streams && apart % kVectorBytes == 0;
+      }
+      each_row<Op, T, kMasked>(call, exec.threads);
+    });
+  }
+};
 
 }  // namespace
 
 void register_softmax(Kernels& table) {
-  table.softmax = softmax;
-  table.softmax_vjp = softmax_vjp;
-  table.softmax_jvp = softmax_jvp;
-  table.softmax_vjp_vjp = softmax_vjp_vjp;
-  table.softmax_vjp_jvp = vjp_jvp<SoftmaxVjpJvpRow>;
-  table.log_softmax = log_softmax;
-  table.log_softmax_vjp = log_softmax_vjp;
-  table.log_softmax_tangent = log_softmax_tangent;
-  table.log_softmax_jvp = log_softmax_jvp;
-  table.log_softmax_vjp_vjp = log_softmax_vjp_vjp;
-  table.log_softmax_vjp_jvp = vjp_jvp<LogSoftmaxVjpJvpRow>;
-  table.softmax_dropout = softmax_dropout;
-  table.softmax_dropout_vjp = softmax_dropout_vjp;
-  table.softmax_dropout_jvp = softmax_dropout_jvp;
+  using Table = SoftmaxTable<Launch>;
+  Table::softmax(table);
+  Table::log_softmax(table);
+  Table::softmax_dropout(table);
 }
 
 }  // namespace jops::JOPS_ISA

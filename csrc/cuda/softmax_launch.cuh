@@ -1,6 +1,7 @@
 // Launches of the softmax family: which geometry serves a row is decided here, from its length.
 #pragma once
 
+#include "../softmax_table.h"
 #include "dtypes.h"
 #include "families.h"
 #include "softmax.cuh"
@@ -43,61 +44,32 @@ void launch(const Call<Row, T>& call, const Exec& exec) {
                                       dev::stream_of(exec), call);
 }
 
-template <class Row, bool kMasked = false>
-void launch(const Rows& rows, const Buffer (&in)[Row::kIn], const Buffer (&out)[Row::kOut],
-            const Exec& exec, const Mask& mask = {}) {
-  with_storage(in[0].dtype, [&](auto storage) {
-    using T = decltype(storage);
-    Call<Row, T> call{};
-    call.packs = rows.n % kPack<T> == 0;
-    for (int k = 0; k < Row::kIn; ++k) {
-      call.in[k] = static_cast<const T*>(in[k].data);
-      call.packs = call.packs && packs_at(in[k].data);
-    }
-    for (int k = 0; k < Row::kOut; ++k) {
-      call.out[k] = static_cast<T*>(out[k].data);
-      call.packs = call.packs && packs_at(out[k].data);
-    }
-    call.outer = rows.outer;
-    call.n = rows.n;
-    call.inner = rows.inner;
-    call.scale = static_cast<Compute<T>>(rows.scale);
-    call.dropout = Dropout<Compute<T>>(mask, in[0].size);
-    launch<Row, T, kMasked>(call, exec);
-  });
-}
+struct Launch {
+  template <class Row, bool kMasked = false>
+  static void run(const Rows& rows, const Buffer (&in)[Row::kIn], const Buffer (&out)[Row::kOut],
+                  const Exec& exec, const Mask& mask = {}) {
+    with_storage(in[0].dtype, [&](auto storage) {
+      using T = decltype(storage);
+      Call<Row, T> call{};
+      call.packs = rows.n % kPack<T> == 0;
+      for (int k = 0; k < Row::kIn; ++k) {
+        call.in[k] = static_cast<const T*>(in[k].data);
+        call.packs = call.packs && packs_at(in[k].data);
+      }
+      for (int k = 0; k < Row::kOut; ++k) {
+        call.out[k] = static_cast<T*>(out[k].data);
+        call.packs = call.packs && packs_at(out[k].data);
+      }
+      call.outer = rows.outer;
+      call.n = rows.n;
+      call.inner = rows.inner;
+      call.scale = static_cast<Compute<T>>(rows.scale);
+      call.dropout = Dropout<Compute<T>>(mask, in[0].size);
+      launch<Row, T, kMasked>(call, exec);
+    });
+  }
+};
 
-// The tangents that are given decide which struct runs.
-template <template <bool, bool> class Row>
-void vjp_jvp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& ty,
-             const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec& exec) {
-  if (!ty.given())
-    launch<Row<false, true>>(rows, {y, gy, tgy}, {gx, tgx}, exec);
-  else if (!tgy.given())
-    launch<Row<true, false>>(rows, {y, gy, ty}, {gx, tgx}, exec);
-  else
-    launch<Row<true, true>>(rows, {y, gy, ty, tgy}, {gx, tgx}, exec);
-}
-
-// Entries of the table, by their numbers of inputs and outputs.
-template <class Row>
-void one_to_one(const Rows& rows, const Buffer& x, const Buffer& y, const Exec& exec) {
-  launch<Row>(rows, {x}, {y}, exec);
-}
-template <class Row>
-void two_to_one(const Rows& rows, const Buffer& a, const Buffer& b, const Buffer& y,
-                const Exec& exec) {
-  launch<Row>(rows, {a, b}, {y}, exec);
-}
-template <class Row>
-void two_to_two(const Rows& rows, const Buffer& a, const Buffer& b, const Buffer& y,
-                const Buffer& z, const Exec& exec) {
-  launch<Row>(rows, {a, b}, {y, z}, exec);
-}
-template <class Row>
-void three_to_two(const Rows& rows, const Buffer& a, const Buffer& b, const Buffer& c,
-                  const Buffer& y, const Buffer& z, const Exec& exec) {
-  launch<Row>(rows, {a, b, c}, {y, z}, exec);
-}
+using Table = SoftmaxTable<Launch>;
 
 }  // namespace jops::JOPS_ISA::softmax
