@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <stdexcept>
 
 namespace jops::JOPS_ISA::dev {
@@ -17,6 +18,20 @@ inline void check(cudaError_t error, const char* signature) {
                            cudaGetErrorString(error));
 }
 
+// Shared memory that a block may have on the current device, static and dynamic together.
+inline std::size_t most_shared() {
+  static std::atomic<int> known[64];  // by device; 0: not asked yet
+  int device = 0;
+  check(cudaGetDevice(&device), __PRETTY_FUNCTION__);
+  int bytes = device < 64 ? known[device].load() : 0;
+  if (bytes == 0) {
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          __PRETTY_FUNCTION__);
+    if (device < 64) known[device] = bytes;
+  }
+  return static_cast<std::size_t>(bytes);
+}
+
 // Runs a kernel on `stream`, with `shared_bytes` of dynamic shared memory. An empty grid is no
 // launch.
 template <auto Kernel, class... Args>
@@ -24,9 +39,14 @@ void launch(dim3 grid, dim3 block, std::size_t shared_bytes, stream_t stream, Ar
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   constexpr std::size_t kWithoutAsking = 48 << 10;
   if (shared_bytes > kWithoutAsking) {
-    check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          __PRETTY_FUNCTION__);
+    cudaFuncAttributes has;
+    check(cudaFuncGetAttributes(&has, Kernel), __PRETTY_FUNCTION__);
+    // All there is: another thread may be about to launch the kernel with more.
+    if (has.maxDynamicSharedSizeBytes < static_cast<int>(shared_bytes)) {
+      check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(most_shared() - has.sharedSizeBytes)),
+            __PRETTY_FUNCTION__);
+    }
   }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

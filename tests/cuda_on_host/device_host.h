@@ -110,6 +110,8 @@ struct Call<Kernel, void (*)(Parameters...)> {
   }
 };
 
+inline std::size_t most_shared() { return cuda_on_host::kSharedBytes; }
+
 template <auto Kernel, class... Args>
 void launch(dim3 grid, dim3 block, std::size_t shared_bytes, stream_t, Args... args) {
   using Tuple = typename Call<Kernel>::Tuple;

@@ -266,7 +266,7 @@ void check_limits(const std::string& kernel, dim3 grid, dim3 block, std::size_t 
     refuse("a grid of " + triple({grid.x, grid.y, grid.z}));
   }
   if (dynamic_bytes > kSharedBytes) {
-    refuse(std::to_string(dynamic_bytes) + " bytes of shared memory (sm_75 has " +
+    refuse(std::to_string(dynamic_bytes) + " bytes of shared memory (there are " +
            std::to_string(kSharedBytes) + ")");
   }
 }

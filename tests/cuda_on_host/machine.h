@@ -18,6 +18,9 @@ struct dim3 {
 
 namespace cuda_on_host {
 
+// Shared memory of a block, as sm_86, sm_89 and sm_120 have; kernels ask for it as most_shared().
+constexpr std::size_t kSharedBytes = 99 << 10;
+
 #if defined(__aarch64__)
 using Float16 = __fp16;
 #else

@@ -13,8 +13,7 @@ namespace cuda_on_host {
 
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kLanes;
-// What every supported GPU has: 48 KiB of static shared memory, 64 KiB in all (sm_75).
-constexpr std::size_t kStaticBytes = 48 << 10, kSharedBytes = 64 << 10;
+constexpr std::size_t kStaticBytes = 48 << 10;  // of shared memory, as every GPU has
 // Objects of shared memory lie apart, so that what runs over an end hits no other.
 constexpr std::size_t kGap = 1 << 10, kMargin = 64 << 10;
 constexpr std::size_t kArenaBytes = kMargin + (128 << 10) + kMargin;
