@@ -2,12 +2,14 @@
 // meet threads:
 //   team     a row in the registers of 8 or 32 threads of a warp, which shuffle;
 //   block    a row in the registers of a block;
+//   staged   a row in the shared memory of a block;
 //   sweep    a row of any length, read twice by a block: sums online, then the results in reverse
 //            order, so that what was read last is still in the cache;
 //   columns  rows along another dimension: a thread has a column, neighbours are adjacent in
-//            memory, and kLines threads share a column's sums.
-// Sums are added in an order that follows from the shape alone. Inputs, sums and results are each
-// read and written once but for the two sweeps.
+//            memory, and kLines threads share a column's sums. Staged in shared memory, or read
+//            twice.
+// Sums are added in an order that follows from the shape alone. Inputs and results are each read
+// and written once but where it says twice.
 #pragma once
 
 #include "../math/softmax.h"
@@ -23,11 +25,16 @@ struct Call {
   T* out[Row::kOut];
   std::int64_t outer, n, inner;
   A scale;
-  bool packs;  // every row starts and ends at sixteen bytes
+  bool packs;  // every row, or line across columns, starts and ends at sixteen bytes
   Dropout<A> dropout;
 
   // What stands past the end of a row: a logit whose exponential is 0.
   __device__ __forceinline__ A fill() const { return scale < 0 ? kInfinity<A> : -kInfinity<A>; }
+  // Numbers of a row from j on, at most a pack.
+  __device__ __forceinline__ int count_at(std::int64_t row, std::int64_t j) const {
+    const std::int64_t left = row < outer ? n - j : 0;
+    return left < 0 ? 0 : left < kPack<T> ? static_cast<int>(left) : kPack<T>;
+  }
 };
 
 // The exponent of an element of in[0], and its exponential.
@@ -87,8 +94,9 @@ __device__ __forceinline__ void over_block(A (&a)[kCount]) {
   __syncthreads();
 }
 
-// A part of a row in registers: kPacks packs of a thread, `stride` packs from one to the next.
-template <class Row, class T, bool kMasked, int kPacks>
+// A part of a row in registers: kPacks packs of a thread, from pack `thread` on and `stride` packs
+// from one to the next.
+template <class Row, class T, bool kMasked, int kPacks, class Place = int>
 struct Held {
   using A = Compute<T>;
   static constexpr int kEach = kPack<T>, kNumbers = kPacks * kEach;
@@ -96,7 +104,7 @@ struct Held {
   A e[kNumbers];
   unsigned bits = 0;  // of the mask
 
-  __device__ __forceinline__ void load(const Call<Row, T>& call, std::int64_t row, int thread,
+  __device__ __forceinline__ void load(const Call<Row, T>& call, std::int64_t row, Place thread,
                                        int stride) {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
@@ -108,9 +116,13 @@ struct Held {
         if (there && call.packs)
           raw[p][k] = dev::load16(call.in[k] + at);
         else
-          raw[p][k] = load_some(call.in[k] + at, count_at(call, row, j));
+          raw[p][k] = load_some(call.in[k] + at, call.count_at(row, j));
       }
     }
+    draw(call, row, thread, stride);
+  }
+  __device__ __forceinline__ void draw(const Call<Row, T>& call, std::int64_t row, Place thread,
+                                       int stride) {
     if constexpr (kMasked) {
       static_assert(kNumbers <= 32);
 #pragma unroll
@@ -125,14 +137,7 @@ struct Held {
     }
   }
 
-  // Numbers of the row from j on, at most a pack.
-  __device__ __forceinline__ int count_at(const Call<Row, T>& call, std::int64_t row,
-                                          std::int64_t j) const {
-    const std::int64_t left = row < call.outer ? call.n - j : 0;
-    return left < 0 ? 0 : left < kEach ? static_cast<int>(left) : kEach;
-  }
-
-  __device__ __forceinline__ A largest(const Call<Row, T>& call, int thread, int stride) const {
+  __device__ __forceinline__ A largest(const Call<Row, T>& call, Place thread, int stride) const {
     A top = -kInfinity<A>;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
@@ -144,7 +149,7 @@ struct Held {
     return top;
   }
 
-  __device__ __forceinline__ void add(const Call<Row, T>& call, A top, int thread, int stride,
+  __device__ __forceinline__ void add(const Call<Row, T>& call, A top, Place thread, int stride,
                                       A (&sum)[Row::kSums]) {
 #pragma unroll
     for (int k = 0; k < Row::kSums; ++k) sum[k] = 0;
@@ -167,11 +172,11 @@ struct Held {
   }
 
   __device__ __forceinline__ void emit(const Call<Row, T>& call, std::int64_t row, A top,
-                                       int thread, int stride, const A (&sum)[Row::kSums]) const {
+                                       Place thread, int stride, const A (&sum)[Row::kSums]) const {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       const std::int64_t j = static_cast<std::int64_t>(p * stride + thread) * kEach;
-      const int count = count_at(call, row, j);
+      const int count = call.count_at(row, j);
       if (count == 0) break;
       A in[Row::kIn][kEach], out[Row::kOut][kEach];
 #pragma unroll
@@ -199,7 +204,7 @@ struct Held {
 
  private:
   // in[0] of a pack; past the end of a row of logits what does not count.
-  __device__ __forceinline__ void logits(const Call<Row, T>& call, int p, int thread, int stride,
+  __device__ __forceinline__ void logits(const Call<Row, T>& call, int p, Place thread, int stride,
                                          A (&x)[kEach]) const {
     unpack<T>(raw[p][0], x);
     if constexpr (Row::kLogits) {
@@ -255,6 +260,84 @@ __global__ void __launch_bounds__(kBlockThreads, 1) block(Call<Row, T> call) {
   held.emit(call, row, top[0], thread, threads, sum);
 }
 
+// The exponential takes the input's place between sums and results, if it has its size: one
+// exponential an element.
+template <class Row, class T>
+constexpr bool kKeepsExp = Row::kExpReplacesInput && std::is_same_v<T, Compute<T>>;
+
+template <class Row, class T, bool kMasked>
+__global__ void __launch_bounds__(kBlockThreads, 1) staged(Call<Row, T> call) {
+  using A = Compute<T>;
+  using Part = Held<Row, T, kMasked, 1>;
+  constexpr int kEach = kPack<T>;
+  const std::int64_t row = blockIdx.x;
+  const int packs = static_cast<int>((call.n + kEach - 1) / kEach);
+  auto* stage = dev::dynamic_shared<uint4>();
+#pragma unroll
+  for (int k = 0; k < Row::kIn; ++k) {
+#pragma unroll 4
+    for (int p = threadIdx.x; p < packs; p += kBlockThreads) {
+      const std::int64_t j = static_cast<std::int64_t>(p) * kEach;
+      const T* from = call.in[k] + row * call.n + j;
+      uint4* to = &stage[k * packs + p];
+      if (call.packs)
+        dev::cp_async16(to, from);
+      else
+        dev::store16_shared(to, load_some(from, call.count_at(row, j)));
+    }
+    dev::cp_async_commit();
+  }
+  // A thread reads none but the packs that it copied: no barrier.
+  const auto each_pack = [&](const auto& f) {
+#pragma unroll 1
+    for (int p = threadIdx.x; p < packs; p += kBlockThreads) f(p);
+  };
+
+  A top[1] = {};
+  if constexpr (Row::kLogits) {
+    dev::cp_async_wait<Row::kIn - 1>();  // the logits; the others may be on their way
+    top[0] = -kInfinity<A>;
+    each_pack([&](int p) {
+      Part part;
+      part.raw[0][0] = stage[p];
+      top[0] = max(top[0], part.largest(call, p, 0));
+    });
+    over_block<Larger>(top);
+  }
+  dev::cp_async_wait<0>();
+  const auto part_at = [&](int p) {
+    Part part;
+#pragma unroll
+    for (int k = 0; k < Row::kIn; ++k) part.raw[0][k] = stage[k * packs + p];
+    return part;
+  };
+  LongSum<A> total[Row::kSums];
+  each_pack([&](int p) {
+    Part part = part_at(p);
+    if constexpr (Row::kMaskInSums) part.draw(call, row, p, 0);
+    A more[Row::kSums];
+    part.add(call, top[0], p, 0, more);
+    if constexpr (kKeepsExp<Row, T>) dev::store16_shared(&stage[p], pack<T>(part.e));
+#pragma unroll
+    for (int k = 0; k < Row::kSums; ++k) total[k].add(more[k]);
+  });
+  A sum[Row::kSums];
+#pragma unroll
+  for (int k = 0; k < Row::kSums; ++k) sum[k] = total[k].sum;
+  over_block<Sum>(sum);
+  Row::finish(sum);
+  each_pack([&](int p) {
+    Part part = part_at(p);
+    part.draw(call, row, p, 0);
+    A more[Row::kSums];
+    if constexpr (kKeepsExp<Row, T>)
+      unpack<T>(part.raw[0][0], part.e);
+    else
+      part.add(call, top[0], p, 0, more);  // for the exponentials
+    part.emit(call, row, top[0], p, 0, sum);
+  });
+}
+
 // Sums relative to the largest logit so far, which may grow.
 template <class Row, class A>
 struct Online {
@@ -287,36 +370,18 @@ struct Online {
 template <class Row, class T, bool kMasked>
 __global__ void __launch_bounds__(kBlockThreads, 1) sweep(Call<Row, T> call) {
   using A = Compute<T>;
-  using Part = Held<Row, T, kMasked, 1>;
-  constexpr int kEach = kPack<T>;
+  using Part = Held<Row, T, kMasked, 1, std::int64_t>;
+  constexpr int kTurn = kPack<T> * kBlockThreads;  // numbers that a block takes at a time
   const std::int64_t row = blockIdx.x;
-  const int thread = threadIdx.x, threads = blockDim.x;
-  const std::int64_t turns = (call.n + threads * kEach - 1) / (threads * kEach);
-  // A turn is a row of its own that begins further on.
-  const auto part_of = [&](std::int64_t turn, Part& part, Call<Row, T>& rest) {
-    const std::int64_t begin = turn * threads * kEach;
-#pragma unroll
-    for (int k = 0; k < Row::kIn; ++k) rest.in[k] = call.in[k] + row * call.n + begin;
-#pragma unroll
-    for (int k = 0; k < Row::kOut; ++k) rest.out[k] = call.out[k] + row * call.n + begin;
-    rest.n = call.n - begin;
-    part.load(rest, 0, thread, threads);
-    if constexpr (kMasked) {
-      const std::int64_t j = begin + thread * kEach;
-      part.bits =
-          j < call.n && call.dropout.seeds ? kept<kEach>(call.dropout, row * call.n + j) : ~0u;
-    }
-  };
-  Call<Row, T> rest = call;
-  rest.dropout.seeds = nullptr;  // the mask is drawn by the place in the whole row
+  const std::int64_t packs = (call.n + kTurn - 1) / kTurn * kBlockThreads;
   Online<Row, A> online;
 #pragma unroll 1
-  for (std::int64_t turn = 0; turn < turns; ++turn) {
+  for (std::int64_t p = threadIdx.x; p < packs; p += kBlockThreads) {
     Part part;
-    part_of(turn, part, rest);
-    if constexpr (Row::kLogits) online.raise(part.largest(rest, thread, threads));
+    part.load(call, row, p, 0);
+    if constexpr (Row::kLogits) online.raise(part.largest(call, p, 0));
     A more[Row::kSums];
-    part.add(rest, online.reference(), thread, threads, more);
+    part.add(call, online.reference(), p, 0, more);
     online.add(more);
   }
   if constexpr (Row::kLogits) {
@@ -329,12 +394,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1) sweep(Call<Row, T> call) {
   over_block<Sum>(sum);
   Row::finish(sum);
 #pragma unroll 1
-  for (std::int64_t turn = turns - 1; turn >= 0; --turn) {
+  for (std::int64_t p = packs - kBlockThreads + threadIdx.x; p >= 0; p -= kBlockThreads) {
     Part part;
-    part_of(turn, part, rest);
+    part.load(call, row, p, 0);
     A more[Row::kSums];
-    part.add(rest, online.top, thread, threads, more);  // for the exponentials
-    part.emit(rest, 0, online.top, thread, threads, sum);
+    part.add(call, online.top, p, 0, more);  // for the exponentials
+    part.emit(call, row, online.top, p, 0, sum);
   }
 }
 
@@ -346,21 +411,72 @@ struct OfLines {
   A top[kLines][kWidth], sum[Row::kSums][kLines][kWidth];
 };
 
-template <class Row, class T, bool kMasked>
+template <class Row, class T>
+struct Column {
+  std::int64_t start;
+  bool there;
+
+  __device__ __forceinline__ Column(const Call<Row, T>& call, int lane) {
+    const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kWidth + lane;
+    const std::int64_t outer = column / call.inner;
+    start = outer * call.n * call.inner + column % call.inner;
+    there = outer < call.outer;
+  }
+};
+
+// Copies the block's strip: kWidth numbers of each row of each input.
+template <class Row, class T>
+__device__ __forceinline__ void stage_strip(const Call<Row, T>& call, T* strip) {
+  const int across = call.packs ? kWidth / kPack<T> : kWidth;
+  const int thread = threadIdx.x, lane = thread % across * (kWidth / across);
+  const int n = static_cast<int>(call.n);
+  const Column<Row, T> column(call, lane);
+  if (column.there) {
+#pragma unroll
+    for (int k = 0; k < Row::kIn; ++k) {
+#pragma unroll 4
+      for (int row = thread / across; row < n; row += kWidth * kLines / across) {
+        const T* from = call.in[k] + column.start + row * call.inner;
+        T* to = &strip[(k * n + row) * kWidth + lane];
+        if (call.packs)
+          dev::cp_async16(to, from);
+        else
+          *to = *from;
+      }
+    }
+  }
+  dev::cp_async_commit();
+  dev::cp_async_wait<0>();
+  __syncthreads();
+}
+
+template <class Row, class T, bool kMasked, bool kStaged>
 __global__ void __launch_bounds__(kWidth* kLines, 1) columns(Call<Row, T> call) {
   using A = Compute<T>;
   const int lane = threadIdx.x % kWidth, line = threadIdx.x / kWidth;
-  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kWidth + lane;
-  const std::int64_t outer = column / call.inner;
-  const bool there = outer < call.outer;
-  const std::int64_t start = outer * call.n * call.inner + column % call.inner;
+  const Column<Row, T> column(call, lane);
+  const std::int64_t start = column.start;
+  auto* strip = dev::dynamic_shared<T>();
+  if constexpr (kStaged) stage_strip(call, strip);
+  const auto input = [&](int k, std::int64_t row) -> A {
+    if constexpr (kStaged) return dev::widen(strip[(k * call.n + row) * kWidth + lane]);
+    return dev::widen(call.in[k][start + row * call.inner]);
+  };
   const auto factor_at = [&](std::int64_t at) -> A {
     if (!kMasked || !call.dropout.seeds) return A(1);
     return multiplier(call.dropout, kept<1>(call.dropout, at), 0);
   };
 
   Online<Row, A> online;
-  if (there) {
+  if (column.there) {
+    if constexpr (kStaged && Row::kLogits) {
+      A larger = -kInfinity<A>;
+#pragma unroll 4
+      for (std::int64_t row = line; row < call.n; row += kLines) {
+        larger = max(larger, call.scale * input(0, row));
+      }
+      online.raise(larger);
+    }
 #pragma unroll 1
     for (std::int64_t first = line; first < call.n; first += kLines * kDeep) {
       A in[kDeep][Row::kIn], larger = -kInfinity<A>;
@@ -369,13 +485,11 @@ __global__ void __launch_bounds__(kWidth* kLines, 1) columns(Call<Row, T> call) 
         const std::int64_t row = first + r * kLines;
 #pragma unroll
         for (int k = 0; k < Row::kIn; ++k) {
-          in[r][k] = row < call.n             ? dev::widen(call.in[k][start + row * call.inner])
-                     : Row::kLogits && k == 0 ? call.fill()
-                                              : A(0);
+          in[r][k] = row < call.n ? input(k, row) : Row::kLogits && k == 0 ? call.fill() : A(0);
         }
         if constexpr (Row::kLogits) larger = max(larger, call.scale * in[r][0]);
       }
-      online.raise(larger);
+      if constexpr (!kStaged) online.raise(larger);
       A more[Row::kSums] = {};
 #pragma unroll
       for (int r = 0; r < kDeep; ++r) {
@@ -393,7 +507,7 @@ __global__ void __launch_bounds__(kWidth* kLines, 1) columns(Call<Row, T> call) 
 #pragma unroll
   for (int k = 0; k < Row::kSums; ++k) lines.sum[k][line][lane] = online.sum[k].sum;
   __syncthreads();
-  if (!there) return;
+  if (!column.there) return;
   A sum[Row::kSums] = {};
 #pragma unroll
   for (int i = 0; i < kLines; ++i) online.raise(lines.top[i][lane]);
@@ -409,7 +523,7 @@ __global__ void __launch_bounds__(kWidth* kLines, 1) columns(Call<Row, T> call) 
     const std::int64_t at = start + row * call.inner;
     A in[Row::kIn], out[Row::kOut];
 #pragma unroll
-    for (int k = 0; k < Row::kIn; ++k) in[k] = dev::widen(call.in[k][at]);
+    for (int k = 0; k < Row::kIn; ++k) in[k] = input(k, row);
     const A d = log_like<Row>(in[0], call.scale, online.top);
     Row::emit(in, d, exponential<Row>(d), factor_at(at), sum, call.scale, out);
 #pragma unroll

@@ -20,28 +20,44 @@ void launch_team(const Call<Row, T>& call, const Exec& exec) {
                                                      kTeamThreads, 0, dev::stream_of(exec), call);
 }
 
+template <class Row, class T, bool kMasked, bool kStaged>
+void launch_columns(const Call<Row, T>& call, std::size_t strip, const Exec& exec) {
+  dev::launch<columns<Row, T, kMasked, kStaged>>(
+      all_blocks((call.outer * call.inner + kWidth - 1) / kWidth), kWidth * kLines,
+      kStaged ? strip : 0, dev::stream_of(exec), call);
+}
+
 template <class Row, class T, bool kMasked>
 void launch(const Call<Row, T>& call, const Exec& exec) {
+  using A = Compute<T>;
+  const auto n = static_cast<std::size_t>(call.n);
   if (call.inner > 1) {
-    const std::int64_t strips = (call.outer * call.inner + kWidth - 1) / kWidth;
-    dev::launch<columns<Row, T, kMasked>>(all_blocks(strips), kWidth * kLines, 0,
-                                          dev::stream_of(exec), call);
-    return;
+    // Two blocks of a multiprocessor, so that one copies while the other computes; each takes 1 KiB
+    // besides its own.
+    const std::size_t strip = Row::kIn * n * kWidth * sizeof(T);
+    if (strip + sizeof(OfLines<Row, A>) <= (dev::most_shared() - 1024) / 2) {
+      return launch_columns<Row, T, kMasked, true>(call, strip, exec);
+    }
+    return launch_columns<Row, T, kMasked, false>(call, strip, exec);
   }
-  const std::int64_t packs = (call.n + kPack<T> - 1) / kPack<T>;
+  const std::size_t packs = (n + kPack<T> - 1) / kPack<T>;
   if (packs <= 8 * 2) return launch_team<Row, T, kMasked, 8, 2>(call, exec);
-  if (packs <= dev::kWarp * kHeld<Row, kMasked>) {
+  constexpr int kHeldByWarp = dev::kWarp * kHeld<Row, kMasked>;
+  if (packs <= kHeldByWarp) {
     return launch_team<Row, T, kMasked, dev::kWarp, kHeld<Row, kMasked>>(call, exec);
   }
-  if (packs <= kBlockThreads * kHeld<Row, kMasked>) {
-    const auto warps = static_cast<unsigned>((packs + dev::kWarp * kHeld<Row, kMasked> - 1) /
-                                             (dev::kWarp * kHeld<Row, kMasked>));
-    dev::launch<block<Row, T, kMasked, kHeld<Row, kMasked>>>(
-        all_blocks(call.outer), warps * dev::kWarp, 0, dev::stream_of(exec), call);
-    return;
+  const unsigned rows = all_blocks(call.outer);
+  if (packs <= kMostWarps * kHeldByWarp) {
+    const auto warps = static_cast<unsigned>((packs + kHeldByWarp - 1) / kHeldByWarp);
+    return dev::launch<block<Row, T, kMasked, kHeld<Row, kMasked>>>(rows, warps * dev::kWarp, 0,
+                                                                    dev::stream_of(exec), call);
   }
-  dev::launch<sweep<Row, T, kMasked>>(all_blocks(call.outer), kBlockThreads, 0,
-                                      dev::stream_of(exec), call);
+  const std::size_t stage = Row::kIn * packs * sizeof(uint4);
+  if (stage + sizeof(OfWarps<A, 1>) + sizeof(OfWarps<A, Row::kSums>) <= dev::most_shared()) {
+    return dev::launch<staged<Row, T, kMasked>>(rows, kBlockThreads, stage, dev::stream_of(exec),
+                                                call);
+  }
+  dev::launch<sweep<Row, T, kMasked>>(rows, kBlockThreads, 0, dev::stream_of(exec), call);
 }
 
 struct Launch {
@@ -51,7 +67,7 @@ struct Launch {
     with_storage(in[0].dtype, [&](auto storage) {
       using T = decltype(storage);
       Call<Row, T> call{};
-      call.packs = rows.n % kPack<T> == 0;
+      call.packs = (rows.inner > 1 ? rows.inner : rows.n) % kPack<T> == 0;
       for (int k = 0; k < Row::kIn; ++k) {
         call.in[k] = static_cast<const T*>(in[k].data);
         call.packs = call.packs && packs_at(in[k].data);

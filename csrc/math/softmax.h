@@ -2,10 +2,11 @@
 //
 // Each struct says what a product needs: kIn inputs and kOut outputs; whether in[0] are logits, so
 // that a maximum comes first, or the saved output; the sums (`add` one element, `finish` them once
-// a row); and the outputs
-// (`emit`). Everywhere d is log-like: scale * x - max of a logit, y itself for a saved log_softmax;
-// e = e^d; m is the dropout multiplier (1 without; kMaskInSums: the sums take it too). Generic over
-// scalars and vectors. scale: softmax(scale * x), -1 is softmin.
+// a row); and the outputs (`emit`); whether both take e, and `emit` takes in[0] for nothing else,
+// so that a kernel may keep e in its place (kExpReplacesInput). Everywhere d is log-like: scale * x
+// - max of a logit, y itself for a saved log_softmax; e = e^d; m is the dropout multiplier (1
+// without; kMaskInSums: the sums take it too). Generic over scalars and vectors. scale:
+// softmax(scale * x), -1 is softmin.
 #pragma once
 
 #include "functions.h"
@@ -15,6 +16,7 @@ namespace jops::JOPS_ISA {
 struct SoftmaxRow {  // x -> y
   static constexpr int kIn = 1, kOut = 1, kSums = 1;
   static constexpr bool kLogits = true, kMaskInSums = false;
+  static constexpr bool kExpReplacesInput = true;
   template <class V>
   static JOPS_HD void add(const V*, V e, V, V* sum) {
     sum[0] += e;
@@ -32,6 +34,7 @@ struct SoftmaxRow {  // x -> y
 struct SoftmaxJvpRow {  // x, tx -> y, ty = scale y (tx - <y, tx>), both times m
   static constexpr int kIn = 2, kOut = 2, kSums = 2;
   static constexpr bool kLogits = true, kMaskInSums = false;
+  static constexpr bool kExpReplacesInput = true;
   template <class V>
   static JOPS_HD void add(const V* in, V e, V, V* sum) {
     sum[0] += e;
@@ -52,6 +55,7 @@ struct SoftmaxJvpRow {  // x, tx -> y, ty = scale y (tx - <y, tx>), both times m
 struct SoftmaxDropoutVjpRow {  // x, gy -> gx = scale y (m gy - <y, m gy>), y recomputed from x
   static constexpr int kIn = 2, kOut = 1, kSums = 2;
   static constexpr bool kLogits = true, kMaskInSums = true;
+  static constexpr bool kExpReplacesInput = true;
   template <class V>
   static JOPS_HD void add(const V* in, V e, V m, V* sum) {
     sum[0] += e;
@@ -69,7 +73,7 @@ struct SoftmaxDropoutVjpRow {  // x, gy -> gx = scale y (m gy - <y, m gy>), y re
 
 // Products of a saved output: nothing to do between the sums and the map.
 struct FromOutput {
-  static constexpr bool kLogits = false, kMaskInSums = false;
+  static constexpr bool kLogits = false, kMaskInSums = false, kExpReplacesInput = false;
   template <class V>
   static JOPS_HD void finish(V*) {}
 };
@@ -127,6 +131,7 @@ struct SoftmaxVjpJvpRow : FromOutput {
 struct LogSoftmaxRow {  // x -> y = x - logsumexp(x)
   static constexpr int kIn = 1, kOut = 1, kSums = 1;
   static constexpr bool kLogits = true, kMaskInSums = false;
+  static constexpr bool kExpReplacesInput = false;
   template <class V>
   static JOPS_HD void add(const V*, V e, V, V* sum) {
     sum[0] += e;
@@ -144,6 +149,7 @@ struct LogSoftmaxRow {  // x -> y = x - logsumexp(x)
 struct LogSoftmaxJvpRow {  // x, tx -> y, ty = scale (tx - <softmax, tx>)
   static constexpr int kIn = 2, kOut = 2, kSums = 2;
   static constexpr bool kLogits = true, kMaskInSums = false;
+  static constexpr bool kExpReplacesInput = false;
   template <class V>
   static JOPS_HD void add(const V* in, V e, V m, V* sum) {
     SoftmaxJvpRow::add(in, e, m, sum);
@@ -189,6 +195,7 @@ struct LogSoftmaxTangentRow : FromOutput {  // y, tx -> ty = scale (tx - <s, tx>
 // y, gy, h -> hy = -scale s h sum(gy), hgy = scale (h - <s, h>)
 struct LogSoftmaxVjpVjpRow : FromOutput {
   static constexpr int kIn = 3, kOut = 2, kSums = 2;
+  static constexpr bool kExpReplacesInput = true;
   template <class V>
   static JOPS_HD void add(const V* in, V e, V, V* sum) {
     sum[0] += in[1];
