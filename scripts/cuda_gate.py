@@ -38,12 +38,16 @@ LIMITS = {
 }
 REGISTERS = 65536
 
+STAGED_COLUMNS = r"^softmax::columns<.*, true>$"
 # Kernels for which accesses of 16 bytes, or tensor cores, are the point.
 WIDE = re.compile(
     r"^(activation::(pointwise|vjp_sum)|dropout::multiply|columns::sum_parts"
-    r"|softmax::(team|block|sweep)|linear::(tensor|tiles))<"
+    rf"|softmax::(team|block|staged|sweep)|linear::(tensor|tiles))<|{STAGED_COLUMNS}"
 )
-WRITES_ONE = re.compile(r"^columns::sum_parts<")  # number a column, and these are few
+# Of them those that write a number a column: few, or adjacent ones of a warp.
+WRITES_ONE = re.compile(rf"^columns::sum_parts<|{STAGED_COLUMNS}")
+# Kernels with dynamic shared memory, and the fewest blocks of a multiprocessor that it leaves.
+DYNAMIC = {r"^softmax::staged<": 1, STAGED_COLUMNS: 2}
 TENSOR = re.compile(r"^linear::tensor<")
 
 
@@ -79,8 +83,16 @@ class Kernel:
         return widths
 
     @property
-    def occupancy(self) -> float:
-        """Resident threads over those that a multiprocessor can hold."""
+    def fewest(self) -> int | None:
+        """Blocks of a multiprocessor at the most dynamic shared memory; None: it has none."""
+        return next((n for name, n in DYNAMIC.items() if re.search(name, self.name)), None)
+
+    @property
+    def occupancies(self) -> list[float]:
+        """Resident threads over those that a multiprocessor can hold.
+
+        Those with the most and with the least dynamic shared memory, where a kernel has it.
+        """
         shared, most, blocks = LIMITS[self.arch]
         warps = -(-self.threads // 32)
         registers = -(-self.registers * 32 // 256) * 256 * warps  # given in pieces of 256, a warp
@@ -90,7 +102,8 @@ class Kernel:
             REGISTERS // max(registers, 1),
             shared // max(self.shared, 1),
         )
-        return fitting * warps * 32 / most
+        blocks = [fitting] if self.fewest is None else [min(self.fewest, fitting), fitting]
+        return [n * warps * 32 / most for n in blocks]
 
     def faults(self) -> list[str]:
         """What is wrong with it."""
@@ -264,14 +277,14 @@ def table(kernels: list[Kernel]) -> str:
             f"`{family}`",
             len(group) // len([a for a in archs if of[a]]),
             spread([k.threads for k in group]),
-            spread([k.shared for k in group]),
+            spread([k.shared for k in group]) + (" + dynamic" if group[0].fewest else ""),
             sum(k.stack for k in group) + sum(k.count("LDL", "STL") for k in group),
             reads,
             widths(group, "STG"),
             spread([k.count("HMMA") for k in group]),
             *(
                 f"{spread([k.registers for k in of[arch]])}, "
-                f"{spread([round(100 * k.occupancy) for k in of[arch]])} %"
+                f"{spread([round(100 * o) for k in of[arch] for o in k.occupancies])} %"
                 for arch in archs
             ),
         )
@@ -290,7 +303,14 @@ def traffic(path: Path) -> str:
     spec.loader.exec_module(host)
     _backend.BACKENDS["cpu"] = host
     rows = ["| product | bytes read | written | least | |", "|---|---|---|---|---|"]
-    shapes = {"": (64, 256), ", rows of 8192": (4, 8192), ", middle dim": (4, 64, 64)}
+    shapes = {
+        "": (64, 256),
+        ", rows of 4096": (4, 4096),
+        ", rows of 8400": (4, 8400),
+        ", rows of 32768": (2, 32768),
+        ", middle dim": (4, 64, 64),
+        ", middle dim of 400": (2, 400, 64),
+    }
     x = {label: [torch.randn(shape) for _ in range(3)] for label, shape in shapes.items()}
 
     def one(title, tensors, run):
@@ -346,15 +366,19 @@ Made by `make cuda-gate`, which fails where a kernel spills, uses local memory, 
 accesses of 16 bytes or the tensor-core instructions that it is made for. No time was measured on a
 GPU yet. A range is over the storage types. Shared memory is in bytes, widths of global loads and
 stores are in bits, tensor are HMMA instructions; below an architecture are registers of a thread
-and the theoretical occupancy from registers, shared memory and threads.
+and the theoretical occupancy from registers, shared memory and threads. Dynamic shared memory is
+what a call's inputs take: for a row of `staged` up to all that a block can have, one block of a
+multiprocessor, and for a strip of `columns` up to half of it, two blocks. The occupancy is then
+from that many blocks to what the rest allows.
 """
 
 TRAFFIC = """
 ## Bytes an element
 
-In float32, counted while the kernels ran on the host (tests/cuda_on_host); the least is each
-input read once and each output written once. Where more is read, a row or a column is too long to
-be held; a seed of dropout, 8 bytes that are in the cache, is counted at each of its reads.
+In float32, counted while the kernels ran on the host (tests/cuda_on_host), with 99 KiB of shared
+memory a block; the least is each input read once and each output written once. Where more is read,
+a row or a column is too long to be held; a seed of dropout, 8 bytes that are in the cache, is
+counted at each of its reads.
 """
 
 

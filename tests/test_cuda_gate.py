@@ -64,7 +64,7 @@ def test_a_good_kernel_passes():
     k = kernel(LDG_E_128_CONSTANT=2, STG_E_128=1, LDG_E=3, LDG_E_U16=1)
     assert k.faults() == []
     assert k.accesses("LDG") == {128: 2, 32: 3, 16: 1}
-    assert k.occupancy == 1.0
+    assert k.occupancies == [1.0]
     assert k.family == "dropout::multiply"
     lines = gate.table([k, kernel(arch=80)]).splitlines()
     assert lines[0].endswith("| tensor | sm_80 | sm_90 |")
@@ -103,6 +103,21 @@ def test_a_spill_is_a_fault():
 def test_occupancy_of_many_registers():
     k = kernel()
     k.registers = 128
-    assert k.occupancy == 0.25
+    assert k.occupancies == [0.25]
     k.shared = 200 << 10
-    assert k.occupancy == 0.125
+    assert k.occupancies == [0.125]
+
+
+def test_occupancy_with_dynamic_shared_memory():
+    """From a block, or two, that fill the shared memory to what the registers allow."""
+    staged = kernel("softmax::staged<SoftmaxRow, float, false>")
+    columns = kernel("softmax::columns<SoftmaxRow, float, false, true>")
+    assert staged.occupancies == [0.125, 1.0] and columns.occupancies == [0.25, 1.0]
+    assert kernel("softmax::columns<SoftmaxRow, float, false, false>").occupancies == [1.0]
+    assert "| 0 + dynamic |" in gate.table([staged]) and "32, 12-100 %" in gate.table([staged])
+
+
+def test_staged_columns_are_copied_in_packs():
+    name = "softmax::columns<SoftmaxRow, float, false, true>"
+    assert kernel(name, LDGSTS_E_128=1, STG_E=1).faults() == []
+    assert kernel(name, LDG_E=1, STG_E=1).faults() == ["no read of 16 bytes"]
