@@ -42,13 +42,13 @@ STAGED_COLUMNS = r"^softmax::columns<.*, true>$"
 # Kernels for which accesses of 16 bytes, or tensor cores, are the point.
 WIDE = re.compile(
     r"^(activation::(pointwise|vjp_sum)|dropout::multiply|columns::sum_parts"
-    rf"|softmax::(team|block|staged|sweep)|linear::(tensor|tiles))<|{STAGED_COLUMNS}"
+    rf"|softmax::(team|block|staged|sweep)|linear::(tensor|tiles)(_vjp)?)<|{STAGED_COLUMNS}"
 )
 # Of them those that write a number a column: few, or adjacent ones of a warp.
 WRITES_ONE = re.compile(rf"^columns::sum_parts<|{STAGED_COLUMNS}")
 # Kernels with dynamic shared memory, and the fewest blocks of a multiprocessor that it leaves.
 DYNAMIC = {r"^softmax::staged<": 1, STAGED_COLUMNS: 2}
-TENSOR = re.compile(r"^linear::tensor<")
+TENSOR = re.compile(r"^linear::tensor(_vjp)?<")
 
 
 @dataclass
@@ -324,8 +324,14 @@ def traffic(path: Path) -> str:
     a, b, c = x[""]
     for title, least, run in (
         ("activation", 8, lambda: kernels.activation(a, "gelu")),
+        ("activation + residual", 12, lambda: kernels.activation(a, "gelu", residual=b)),
         ("activation_vjp", 12, lambda: kernels.activation_vjp(a, b, "gelu")),
         ("activation_jvp", 16, lambda: kernels.activation_jvp(a, b, "gelu")),
+        (
+            "activation_jvp + residual",
+            24,
+            lambda: kernels.activation_jvp(a, b, "gelu", residual=c, tresidual=a),
+        ),
         ("activation_vjp_vjp", 20, lambda: kernels.activation_vjp_vjp(a, b, c, "gelu")),
         ("activation_vjp_jvp", 20, lambda: kernels.activation_vjp_jvp(a, b, c, None, "gelu")),
         ("activation_vjp_sum", 12, lambda: kernels.activation_vjp_sum(a, b, "gelu")),
