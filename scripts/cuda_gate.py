@@ -272,7 +272,8 @@ def table(kernels: list[Kernel]) -> str:
         groups.setdefault(k.family, []).append(k)
     for family, group in sorted(groups.items()):
         of = {arch: [k for k in group if k.arch == arch] for arch in archs}
-        reads = widths(group, "LDG") + (", async" if widths(group, "LDGSTS") != "-" else "")
+        copies = widths(group, "LDGSTS")
+        reads = widths(group, "LDG") + (f", async {copies}" if copies != "-" else "")
         cells = (
             f"`{family}`",
             len(group) // len([a for a in archs if of[a]]),
