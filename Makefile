@@ -11,6 +11,8 @@ export JACOBIAN_OPS_CUDA = $(CUDA)
 # Worker processes of pytest, and options for it (-k softmax, -x).
 WORKERS ?= 2
 PYTEST_FLAGS ?=
+# Threads of a worker that wait must not keep those of the other one from running.
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 # Options of the bench, and of its limits.
 BENCH_FLAGS ?= $(if $(filter 1,$(CUDA)),--device cuda) \
   --json results/bench.json --csv results/bench.csv --plot results/bench.png
@@ -54,10 +56,10 @@ test: $(BUILT)  ## run the tests, with and without what is left to torch
 	@status=0; \
 	echo "== every call through our own kernels"; \
 	JACOBIAN_OPS_NATIVE_BELOW=0 JACOBIAN_OPS_GEMM=own \
-	$(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
+	$(PYTEST) || status=1; \
 	echo "== as installed"; \
 	JACOBIAN_OPS_NATIVE_BELOW=32768 JACOBIAN_OPS_GEMM=auto \
-	$(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) || status=1; \
+	$(PYTEST) || status=1; \
 	exit $$status
 
 # The CUDA kernels without a GPU: compiled for the host, a fiber for every thread
@@ -70,14 +72,14 @@ build/cuda_on_host-%: $(BUILT) FORCE
 	cmake --build $@ --target _cuda_on_host _broken _words
 
 test-cuda-on-host: build/cuda_on_host-checked  ## run the tests on the CUDA kernels, without a GPU
-	JACOBIAN_OPS_TEST_BACKEND="$$(echo $(abspath $<)/_cuda_on_host*.so)" $(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+	JACOBIAN_OPS_TEST_BACKEND="$$(echo $(abspath $<)/_cuda_on_host*.so)" $(PYTEST)
 
 # With the address and undefined-behaviour sanitizers, which must be loaded first.
 SANITIZERS = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
 sanitize-cuda-on-host: build/cuda_on_host-sanitize  ## the same with sanitizers, small sizes
 	JACOBIAN_OPS_TEST_BACKEND="$$(echo $(abspath $<)/_cuda_on_host*.so)" \
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-	$(PY) -m pytest -n $(WORKERS) $(PYTEST_FLAGS) tests/test_kernels.py \
+	$(PYTEST) tests/test_kernels.py \
 	  tests/test_accuracy.py tests/test_layouts.py tests/test_dropout.py tests/test_gradients.py \
 	  tests/cuda_on_host
 
