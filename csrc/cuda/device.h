@@ -12,10 +12,13 @@ namespace jops::JOPS_ISA::dev {
 
 constexpr int kWarp = 32;
 
-// A kernel's name with its template arguments, from the signature of launch<Kernel>.
+// A kernel's name with its template arguments, from the signature of launch<Kernel>; another
+// function's signature as it is.
 inline std::string kernel_name(const std::string& signature) {
   const std::string before = "Kernel = ";
-  const auto begin = signature.find(before) + before.size();
+  const auto at = signature.find(before);
+  if (at == signature.npos) return signature;
+  const auto begin = at + before.size();
   std::string name = signature.substr(begin, signature.find_first_of(";]", begin) - begin);
   for (const std::string prefix : {"jops::cuda::", "jops::"}) {
     for (auto at = name.find(prefix); at != name.npos; at = name.find(prefix)) {

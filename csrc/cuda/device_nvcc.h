@@ -37,14 +37,15 @@ inline std::size_t most_shared() {
 template <auto Kernel, class... Args>
 void launch(dim3 grid, dim3 block, std::size_t shared_bytes, stream_t stream, Args... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  constexpr std::size_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking) {
+  if (shared_bytes > 0) {
+    constexpr std::size_t kWithoutAsking = 48 << 10;  // static and dynamic together
     cudaFuncAttributes has;
     check(cudaFuncGetAttributes(&has, Kernel), __PRETTY_FUNCTION__);
     // All there is: another thread may be about to launch the kernel with more.
-    if (has.maxDynamicSharedSizeBytes < static_cast<int>(shared_bytes)) {
-      check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(most_shared() - has.sharedSizeBytes)),
+    const int most = static_cast<int>(most_shared() - has.sharedSizeBytes);
+    if (has.sharedSizeBytes + shared_bytes > kWithoutAsking &&
+        has.maxDynamicSharedSizeBytes < most) {
+      check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
             __PRETTY_FUNCTION__);
     }
   }
