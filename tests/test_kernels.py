@@ -141,6 +141,27 @@ def test_vjp_of_a_fused_product(m, k, n, dtype):
                         assert ((g.double() - w).abs() <= 2 * torch.finfo(dtype).eps * a).all()
 
 
+@pytest.mark.parametrize("copied", ["expanded", "negative"])
+def test_operands_that_are_copied_live_until_the_kernel_has_run(copied):
+    """Nothing but the wrapper holds the copy; its memory would be handed out again."""
+    n = 640
+    if copied == "expanded":
+        x, weight, gy = (
+            torch.randn(1, 2, n, n).transpose(0, 1).expand(2, 3, n, n) for _ in range(3)
+        )
+    else:
+        x, weight, gy = (torch._neg_view(torch.randn(n, n)) for _ in range(3))
+    z = torch.randn_like(gy)
+    gz = kernels.activation_vjp(z, gy.resolve_neg(), "silu")
+    for got, g in (
+        (kernels.linear_vjp(x, weight, gy), gy),
+        (kernels.linear_act_dropout_vjp(x, weight, z, gy, "silu"), gz),
+    ):
+        want = g @ weight, g.mT @ x, g.sum(-2)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(kernels.column_sum(gy), gy.sum(-2), rtol=1e-4, atol=1e-3)
+
+
 def test_vjp_of_an_empty_fused_product():
     for m, k, n in ((0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)):
         x, weight, z = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)

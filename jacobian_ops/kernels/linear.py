@@ -169,8 +169,8 @@ def column_sum(x: Tensor) -> Tensor:
         raise RuntimeError(f"{op}: x has shape {list(x.shape)}; allowed: (*batch, M, N)")
     y = x.new_empty((*x.shape[:-2], x.shape[-1]))
     if y.numel():
-        described, out = _backend.matrix(_matrix(x)), _backend.buffer(y)
-        _backend.run(op, "x", x, op, described, out, sums=rows(x.shape, x.dim() - 2))
+        extents, x = rows(x.shape, x.dim() - 2), _matrix(x)
+        _backend.run(op, "x", x, op, _backend.matrix(x), _backend.buffer(y), sums=extents)
     return y
 
 
@@ -238,14 +238,15 @@ def _cotangent_shape(op, gy):
 
 def _run_vjp(op, x, weight, gy, gx, gweight, gbias, before_gy=(), after=()):
     """Run our kernel of a VJP; a factor is None where its product is not wanted."""
-    gy = _matrix(gy if gy.dim() > 2 else gy.unsqueeze(0))
+    # Held until the kernel has run: they may be copies.
+    x, weight, gy = _matrix(x), _matrix(weight), _matrix(gy if gy.dim() > 2 else gy.unsqueeze(0))
     _backend.run(
         op,
         "gy",
         gy,
         op,
-        _described(_matrix(x), _backend.matrix),
-        _described(_matrix(weight), _backend.matrix),
+        _described(x, _backend.matrix),
+        _described(weight, _backend.matrix),
         *before_gy,
         _backend.matrix(gy),
         _described(_matrix(gx), _backend.matrix),
