@@ -69,9 +69,14 @@ def steps(x: torch.Tensor, weight: torch.Tensor, products: int = 1) -> int:
     return products * depth * -(-squares // _multiprocessors(x.device))
 
 
+_measured: dict[torch.device, dict] = {}  # by this process
+
+
 @functools.cache
 def limits(device: torch.device) -> dict[str, dict[torch.dtype, int]]:
     """Steps, by kind and dtype, up to which a kernel of ours is to run on ``device``."""
+    if device in _measured:
+        return _measured[device]
     try:
         known = json.loads(cache_file().read_text())[_name(device)]
         return {kind: {d: int(known[kind][_short(d)]) for d in DTYPES} for kind in BUILT_IN}
@@ -89,7 +94,7 @@ def autotune(
     seconds: float = 0.02,
     save: bool = True,
 ) -> dict[str, dict[torch.dtype, int]]:
-    """Measure up to which size a kernel of ours is faster, use that from now on, and keep it.
+    """Measure up to which size a kernel of ours is faster, and use that from now on.
 
     Args:
         device: The GPU.
@@ -113,6 +118,7 @@ def autotune(
         kind: {dtype: _crossing(kind, device, dtype, seconds) for dtype in DTYPES}
         for kind in BUILT_IN
     }
+    _measured[device] = found
     limits.cache_clear()
     if save:
         path = cache_file()

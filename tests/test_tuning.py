@@ -17,6 +17,7 @@ def own_cache(monkeypatch, tmp_path):
     limits = tuning.limits  # a test may replace it
     limits.cache_clear()
     yield tmp_path / "products.json"
+    tuning._measured.clear()
     limits.cache_clear()
 
 
@@ -33,6 +34,14 @@ def test_measured_sizes_are_kept(own_cache, monkeypatch):
         assert steps.keys() == set(tuning.DTYPES) and set(steps.values()) <= {0, 8, 16, 32}
     assert tuning.limits(DEVICE) == found
     assert json.loads(own_cache.read_text()).keys() == {"cpu"}
+
+
+def test_measured_sizes_need_no_file(own_cache, monkeypatch):
+    monkeypatch.setattr(_backend, "on_device", lambda t: True)
+    monkeypatch.setattr(tuning, "_crossing", lambda kind, device, dtype, seconds: 7)
+    found = autotune(DEVICE, save=False)
+    assert not own_cache.exists()
+    assert tuning.limits(DEVICE) == found == {k: dict.fromkeys(tuning.DTYPES, 7) for k in found}
 
 
 def test_steps(monkeypatch):
