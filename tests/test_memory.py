@@ -81,6 +81,13 @@ def test_linear_keeps_what_its_gradients_need(needs):
         assert kept & {x.data_ptr(), w.data_ptr()} == wanted
 
 
+def test_a_residual_alone_keeps_nothing():
+    x, w, r = torch.randn(64, 16), torch.randn(32, 16), torch.randn(64, 32, requires_grad=True)
+    total, _, y = saved(lambda r: J.linear_act_dropout(x, w, None, "gelu", residual=r), r)
+    assert total == 0
+    assert torch.equal(*torch.autograd.grad(y.sum(), r), torch.ones(64, 32))
+
+
 def test_nothing_kept_without_grad():
     x, w = torch.randn(64, 16), torch.randn(32, 16)
     assert saved(lambda: J.linear_act_dropout(x, w, None, "gelu", 0.5))[0] == 0

@@ -216,6 +216,8 @@ class LinearActDropout(Rule):
 
     def save(args, out, needs):
         x, weight, bias, residual, seed, f, params, p, keep_z = args
+        if not any(needs[:3]):  # the residual's cotangent is that of the result
+            return None, None, None, None, None
         s, _ = _kept(f, p, keep_z, residual, out)
         if s is None and f != "identity":
             return x, weight, bias, seed, None
@@ -224,6 +226,8 @@ class LinearActDropout(Rule):
     def vjp(saved, consts, needs, gy, gz):
         (x, weight, bias, seed, s), (f, params, p, keep_z) = saved, consts
         gresidual = gy if needs[3] else None
+        if not any(needs[:3]):
+            return None, None, None, gresidual, None
         if s is None and f != "identity":
             s = linear(x, weight, bias)
         elif not keep_z:  # s is the result
