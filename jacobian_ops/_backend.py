@@ -46,15 +46,18 @@ def of(op: str, argument: str, t: Tensor):
 def usable(op: str, argument: str, t: Tensor) -> bool:
     """Whether kernels run on the device of ``t``; warns once where they were built but cannot."""
     backend = of(op, argument, t)
-    if backend not in _usable:
-        reason = backend.unusable() if backend.kind == "cuda" and not t.is_cpu else None
-        _usable[backend] = reason is None
+    if backend.kind == "cpu" or t.is_cpu:
+        return True
+    if t.device not in _usable:
+        with _current(t):
+            reason = backend.unusable()
+        _usable[t.device] = reason is None
         if reason is not None:
             warnings.warn(f"jacobian_ops: native ops run on {t.device}: {reason}", stacklevel=4)
-    return _usable[backend]
+    return _usable[t.device]
 
 
-_usable: dict = {}
+_usable: dict[torch.device, bool] = {}
 
 
 def run(op: str, argument: str, t: Tensor, kernel: str, *args, sums=None) -> None:

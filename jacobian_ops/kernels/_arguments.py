@@ -169,7 +169,8 @@ def seed_tensor(op: str, seed: int | Tensor | None, p: float, x: Tensor) -> Tens
     if seed is None or isinstance(seed, Tensor):
         return seed
     seed = (int(seed) + 2**63) % 2**64 - 2**63
-    return torch.tensor(seed, dtype=torch.int64, device=x.device)
+    # Not torch.tensor, which waits for a GPU and cannot be captured in a CUDA graph.
+    return torch.full((), seed, dtype=torch.int64, device=x.device)
 
 
 def normalize_dim(op: str, dim: int, ndim: int) -> int:

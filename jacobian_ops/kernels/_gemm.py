@@ -227,7 +227,10 @@ def dual(
             shape = (*x.shape[:-1], weight.shape[-2])
             offset = torch.cat([line.unsqueeze(-2).expand(shape) for line in lines], -2)
         both = _affine(torch.cat((x, tx), -2), weight, offset)
-        return both[..., :rows, :].contiguous(), both[..., rows:, :].contiguous()
+        # Copies: results of an op share no memory.
+        y, ty = both.split(rows, -2)
+        dense = torch.contiguous_format
+        return y.clone(memory_format=dense), ty.clone(memory_format=dense)
     return linear(x, weight, bias), _tangent(x, weight, tx, tweight, tbias)
 
 
