@@ -134,6 +134,7 @@ class Check {
     extent(name, "batch", m.batch, batch);
     extent(name, "rows", m.rows, rows);
     extent(name, "cols", m.cols, cols);
+    if (empty(m)) return;
     if ((m.batch > 1 && m.batch_stride == 0) || (m.rows > 1 && m.row_stride == 0)) {
       fail(name, "strides above 0", "0");
     }
