@@ -412,14 +412,19 @@ void linear(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& 
   run.linear(x, w, bias, y, exec);
 }
 
-// What is added to y: of its shape, rows contiguous.
-void addend(const Check& check, const char* name, const Matrix& a, const Matrix& y) {
+// An optional matrix of the shape of another one.
+void same_shape(const Check& check, const char* name, const Matrix& a, const Matrix& other) {
   if (!a.given()) return;
   check.matrix(name, a);
   check.same_dtype(name, a.dtype);
-  check.extent(name, "batch", a.batch, y.batch);
-  check.extent(name, "rows", a.rows, y.rows);
-  check.extent(name, "cols", a.cols, y.cols);
+  check.extent(name, "batch", a.batch, other.batch);
+  check.extent(name, "rows", a.rows, other.rows);
+  check.extent(name, "cols", a.cols, other.cols);
+}
+
+// What is added to y: of its shape, rows contiguous.
+void addend(const Check& check, const char* name, const Matrix& a, const Matrix& y) {
+  same_shape(check, name, a, y);
   if (a.cols > 1) check.extent(name, "column stride", a.col_stride, 1);
 }
 
@@ -446,16 +451,8 @@ void linear_act_dropout_jvp(const Matrix& x, const Matrix& w, const Buffer& bias
   products(check, x, w, bias, y);
   addend(check, "residual", residual, y);
   addend(check, "tresidual", tresidual, y);
-  const auto tangent = [&](const char* name, const Matrix& t, const Matrix& primal) {
-    if (!t.given()) return;
-    check.matrix(name, t);
-    check.same_dtype(name, t.dtype);
-    check.extent(name, "batch", t.batch, primal.batch);
-    check.extent(name, "rows", t.rows, primal.rows);
-    check.extent(name, "cols", t.cols, primal.cols);
-  };
-  tangent("tx", tx, x);
-  tangent("tw", tw, w);
+  same_shape(check, "tx", tx, x);
+  same_shape(check, "tw", tw, w);
   if (tbias.given()) {
     check.buffer("tbias", tbias);
     check.same_dtype("tbias", tbias.dtype);
