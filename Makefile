@@ -52,8 +52,8 @@ demo: $(BUILT)  ## train a small transformer on real digits, native and ours, an
 
 # Twice: with every call going to our own kernels, then as users run it, where tiny calls and some
 # matrix products go to torch.  Both passes run, even when the first fails; the second one leaves out
-# tests of what torch has no part in: the kernels themselves, the bench and the build.
-OF_KERNELS = accuracy bench cuda_gate host_memory info kernels large limits packaging tuning
+# tests in which nothing can go to torch.
+WITHOUT_TORCH = bench cuda_gate host_memory info limits packaging
 test: $(BUILT)  ## run the tests, with and without what is left to torch
 	@status=0; \
 	echo "== every call through our own kernels"; \
@@ -61,7 +61,7 @@ test: $(BUILT)  ## run the tests, with and without what is left to torch
 	$(PYTEST) || status=1; \
 	echo "== as installed"; \
 	JACOBIAN_OPS_NATIVE_BELOW=32768 JACOBIAN_OPS_GEMM=auto \
-	$(PYTEST) $(OF_KERNELS:%=--ignore=tests/test_%.py) || status=1; \
+	$(PYTEST) $(WITHOUT_TORCH:%=--ignore=tests/test_%.py) || status=1; \
 	exit $$status
 
 # The CUDA kernels without a GPU: compiled for the host, a fiber for every thread

@@ -3,7 +3,7 @@
 import os
 
 # What is tested is ours: without this, tiny calls and some matrix products would go to torch.
-# `make test` runs the suite a second time with the variables at their defaults.
+# `make test` then runs what that can change a second time, with the defaults of the variables.
 os.environ.setdefault("JACOBIAN_OPS_NATIVE_BELOW", "0")
 os.environ.setdefault("JACOBIAN_OPS_GEMM", "own")
 
