@@ -13,9 +13,6 @@
 
 namespace jops::JOPS_ISA {
 
-void register_activation(Kernels& table);
-void register_dropout(Kernels& table);
-void register_softmax(Kernels& table);
 void register_linear(Kernels& table);
 void register_probe(Kernels& table);
 
@@ -33,6 +30,31 @@ JOPS_HD void with_storage(Dtype dtype, F&& f) {
       return f(F16());
   }
 }
+
+// The activation as tensors of `dtype` see it: bounds are numbers of that type, as in torch, so
+// that what hardtanh has put to a bound compares equal to it.
+inline Act stored(Act act, Dtype dtype) {
+  if (act.code != Activation::kHardtanh) return act;
+  with_storage(dtype, [&](auto storage) {
+    using T = decltype(storage);
+    Compute<T> bounds[] = {static_cast<Compute<T>>(act.a), static_cast<Compute<T>>(act.b)};
+    T narrow[2];
+    store_n(narrow, load_n(bounds, 2), 2);
+    act.a = load_n(narrow, 1)[0];
+    act.b = load_n(narrow + 1, 1)[0];
+  });
+  return act;
+}
+
+}  // namespace jops::JOPS_ISA
+
+// JOPS_BASE is JOPS_ISA itself, or the instruction set that JOPS_ISA only has other matrix products
+// than: everything else is then compiled once for the two.
+namespace jops::JOPS_BASE {
+
+void register_activation(Kernels& table);
+void register_dropout(Kernels& table);
+void register_softmax(Kernels& table);
 
 // Block primitives work on a few KiB that stay in L1: compute type A (float or double), unit
 // stride.
@@ -66,27 +88,18 @@ void dropout_block(const Mask& mask, std::int64_t sample, std::int64_t first, A*
 template <class A>
 void dropout_range(const Mask& mask, std::int64_t size, std::int64_t first, A* m, std::int64_t n);
 
-// The activation as tensors of `dtype` see it: bounds are numbers of that type, as in torch, so
-// that what hardtanh has put to a bound compares equal to it.
-inline Act stored(Act act, Dtype dtype) {
-  if (act.code != Activation::kHardtanh) return act;
-  with_storage(dtype, [&](auto storage) {
-    using T = decltype(storage);
-    Compute<T> bounds[] = {static_cast<Compute<T>>(act.a), static_cast<Compute<T>>(act.b)};
-    T narrow[2];
-    store_n(narrow, load_n(bounds, 2), 2);
-    act.a = load_n(narrow, 1)[0];
-    act.b = load_n(narrow + 1, 1)[0];
-  });
-  return act;
-}
-
 // Conversion between storage (element index `first` of `data`) and a block; one rounding at the
 // store.
 template <class A>
 void load_block(Dtype dtype, const void* data, std::int64_t first, A* block, std::int64_t n);
 template <class A>
 void store_block(Dtype dtype, void* data, std::int64_t first, const A* block, std::int64_t n);
+
+}  // namespace jops::JOPS_BASE
+
+namespace jops::JOPS_ISA {
+
+using namespace JOPS_BASE;
 
 // Outputs of at least this many bytes are written past the caches, which they would sweep for
 // nothing.
