@@ -52,8 +52,9 @@ demo: $(BUILT)  ## train a small transformer on real digits, native and ours, an
 
 # Twice: with every call going to our own kernels, then as users run it, where tiny calls and some
 # matrix products go to torch.  Both passes run, even when the first fails; the second one leaves out
-# tests in which nothing can go to torch.
-WITHOUT_TORCH = bench cuda_gate host_memory info limits packaging
+# tests in which nothing can go to torch, and those of compiled graphs, which hold our ops however
+# small they are.
+WITHOUT_TORCH = bench compile cuda_gate host_memory info limits packaging
 test: $(BUILT)  ## run the tests, with and without what is left to torch
 	@status=0; \
 	echo "== every call through our own kernels"; \
