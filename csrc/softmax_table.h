@@ -19,7 +19,7 @@ struct SoftmaxTable {
     table.softmax_vjp = two_to_one<SoftmaxVjpRow>;
     table.softmax_jvp = two_to_two<SoftmaxJvpRow>;
     table.softmax_vjp_vjp = three_to_two<SoftmaxVjpVjpRow>;
-    table.softmax_vjp_jvp = vjp_jvp<SoftmaxVjpJvpRow>;
+    table.softmax_vjp_jvp = vjp_jvp<SoftmaxVjpRow, SoftmaxVjpJvpRow>;
   }
   static void log_softmax(Kernels& table) {
     table.log_softmax = one_to_one<LogSoftmaxRow>;
@@ -27,7 +27,7 @@ struct SoftmaxTable {
     table.log_softmax_tangent = two_to_one<LogSoftmaxTangentRow>;
     table.log_softmax_jvp = two_to_two<LogSoftmaxJvpRow>;
     table.log_softmax_vjp_vjp = three_to_two<LogSoftmaxVjpVjpRow>;
-    table.log_softmax_vjp_jvp = vjp_jvp<LogSoftmaxVjpJvpRow>;
+    table.log_softmax_vjp_jvp = vjp_jvp<LogSoftmaxVjpRow, LogSoftmaxVjpJvpRow>;
   }
   static void softmax_dropout(Kernels& table) {
     table.softmax_dropout = masked_one_to_one<SoftmaxRow>;
@@ -71,16 +71,19 @@ struct SoftmaxTable {
                                 const Buffer& z, const Mask& mask, const Exec& exec) {
     Launch::template run<Row, true>(rows, {a, b}, {y, z}, exec, mask);
   }
-  // The tangents that are given decide which struct runs.
-  template <template <bool, bool> class Row>
+  // The tangents that are given decide what runs. Without ty the two results are VJPs of one point:
+  // rare, and not worth a kernel of its own that reads y once.
+  template <class Vjp, template <bool> class Row>
   static void vjp_jvp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& ty,
                       const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec& exec) {
-    if (!ty.given())
-      Launch::template run<Row<false, true>>(rows, {y, gy, tgy}, {gx, tgx}, exec);
-    else if (!tgy.given())
-      Launch::template run<Row<true, false>>(rows, {y, gy, ty}, {gx, tgx}, exec);
-    else
-      Launch::template run<Row<true, true>>(rows, {y, gy, ty, tgy}, {gx, tgx}, exec);
+    if (!ty.given()) {
+      two_to_one<Vjp>(rows, y, gy, gx, exec);
+      two_to_one<Vjp>(rows, y, tgy, tgx, exec);
+    } else if (!tgy.given()) {
+      Launch::template run<Row<false>>(rows, {y, gy, ty}, {gx, tgx}, exec);
+    } else {
+      Launch::template run<Row<true>>(rows, {y, gy, ty, tgy}, {gx, tgx}, exec);
+    }
   }
 };
 

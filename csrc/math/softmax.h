@@ -105,26 +105,24 @@ struct SoftmaxVjpVjpRow : FromOutput {
   }
 };
 
-// y, gy[, ty][, tgy] -> gx as the VJP, tgx = scale (y (tgy - b) + ty (gy - <y, gy>)), b = <y, tgy>
+// y, gy, ty[, tgy] -> gx as the VJP, tgx = scale (y (tgy - b) + ty (gy - <y, gy>)), b = <y, tgy>
 // + <ty, gy>
-template <bool kTy, bool kTgy>
+template <bool kTgy>
 struct SoftmaxVjpJvpRow : FromOutput {
-  static constexpr int kIn = 2 + kTy + kTgy, kOut = 2, kSums = 2;
-  static constexpr int kTyAt = 2, kTgyAt = 2 + kTy;
+  static constexpr int kIn = 3 + kTgy, kOut = 2, kSums = 2;
   template <class V>
   static JOPS_HD void add(const V* in, V, V, V* sum) {
     sum[0] = fma(in[0], in[1], sum[0]);
-    if constexpr (kTgy) sum[1] = fma(in[0], in[kTgyAt], sum[1]);
-    if constexpr (kTy) sum[1] = fma(in[kTyAt], in[1], sum[1]);
+    if constexpr (kTgy) sum[1] = fma(in[0], in[3], sum[1]);
+    sum[1] = fma(in[2], in[1], sum[1]);
   }
   template <class V>
   static JOPS_HD void emit(const V* in, V, V, V, const V* sum, V scale, V* out) {
     const V centred = in[1] - sum[0];
     V t = in[0] * -sum[1];
-    if constexpr (kTgy) t = in[0] * (in[kTgyAt] - sum[1]);
-    if constexpr (kTy) t = fma(in[kTyAt], centred, t);
+    if constexpr (kTgy) t = in[0] * (in[3] - sum[1]);
     out[0] = scale * in[0] * centred;
-    out[1] = scale * t;
+    out[1] = scale * fma(in[2], centred, t);
   }
 };
 
@@ -208,23 +206,21 @@ struct LogSoftmaxVjpVjpRow : FromOutput {
   }
 };
 
-// y, gy[, ty][, tgy] -> gx as the VJP, tgx = scale (tgy - s (sum(tgy) + ty sum(gy)))
-template <bool kTy, bool kTgy>
+// y, gy, ty[, tgy] -> gx as the VJP, tgx = scale (tgy - s (sum(tgy) + ty sum(gy)))
+template <bool kTgy>
 struct LogSoftmaxVjpJvpRow : FromOutput {
-  static constexpr int kIn = 2 + kTy + kTgy, kOut = 2, kSums = 2;
-  static constexpr int kTyAt = 2, kTgyAt = 2 + kTy;
+  static constexpr int kIn = 3 + kTgy, kOut = 2, kSums = 2;
   template <class V>
   static JOPS_HD void add(const V* in, V, V, V* sum) {
     sum[0] += in[1];
-    if constexpr (kTgy) sum[1] += in[kTgyAt];
+    if constexpr (kTgy) sum[1] += in[3];
   }
   template <class V>
   static JOPS_HD void emit(const V* in, V, V e, V, const V* sum, V scale, V* out) {
     V t = V(0);
-    if constexpr (kTgy) t = in[kTgyAt] - e * sum[1];
-    if constexpr (kTy) t -= e * in[kTyAt] * sum[0];
+    if constexpr (kTgy) t = in[3] - e * sum[1];
     out[0] = scale * (in[1] - e * sum[0]);
-    out[1] = scale * t;
+    out[1] = scale * (t - e * in[2] * sum[0]);
   }
 };
 
