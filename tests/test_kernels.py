@@ -141,10 +141,10 @@ def test_vjp_of_a_fused_product(m, k, n, dtype):
                         assert ((g.double() - w).abs() <= 2 * torch.finfo(dtype).eps * a).all()
 
 
+@pytest.mark.parametrize("n", [160, pytest.param(640, marks=pytest.mark.cpu_only)])
 @pytest.mark.parametrize("copied", ["expanded", "negative"])
-def test_operands_that_are_copied_live_until_the_kernel_has_run(copied):
+def test_operands_that_are_copied_live_until_the_kernel_has_run(copied, n):
     """Nothing but the wrapper holds the copy; its memory would be handed out again."""
-    n = 160
     if copied == "expanded":
         x, weight, gy = (
             torch.randn(1, 2, n, n).transpose(0, 1).expand(2, 3, n, n) for _ in range(3)
