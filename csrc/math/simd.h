@@ -361,6 +361,17 @@ using V32 = Vec<float>;
 JOPS_HD U32 word(V32 a) { return reinterpret_cast<U32>(a.v); }
 JOPS_HD V32 real(U32 a) { return reinterpret_cast<V32::Native>(a); }
 
+// gcc's own conversion takes the halves one by one.
+JOPS_HD U32 widen(U16 h) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, U32);
+#endif
+}
+
 // Adding 0x7fff plus the lowest kept bit rounds to nearest even; NaN bypasses it, as it could wrap.
 JOPS_HD U16 to_bf16(V32 a) {
 #if defined(__AVX512BF16__)
@@ -374,11 +385,11 @@ JOPS_HD U16 to_bf16(V32 a) {
   const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return __builtin_convertvector(a.v == a.v ? rounded : (u >> 16) | 0x40u, U16);
 }
-JOPS_HD V32 from_bf16(U16 h) { return real(__builtin_convertvector(h, U32) << 16); }
+JOPS_HD V32 from_bf16(U16 h) { return real(widen(h) << 16); }
 
 #if !defined(__F16C__) && !defined(__AVX512F__) && !defined(__aarch64__)
 JOPS_HD V32 from_f16(U16 h) {
-  const U32 u = __builtin_convertvector(h, U32);
+  const U32 u = widen(h);
   const U32 magnitude = u & 0x7fffu;
   typedef std::int32_t I32 __attribute__((vector_size(kVectorBytes)));
   const V32 tiny =
