@@ -194,6 +194,23 @@ def dropout_add(shape) -> Case:
     )
 
 
+def norm(name: str, shape, quick: bool = False) -> Case:
+    """layer_norm or rms_norm of the last dimension, with its parameters."""
+    ours, native = getattr(J, name), getattr(F, name)
+    columns = 2 if name == "layer_norm" else 1
+    return Case(
+        name,
+        _label(*shape),
+        (shape, *(shape[-1:],) * columns),
+        {
+            "jacobian_ops": lambda x, *c: ours(x, x.shape[-1:], *c, eps=1e-5),
+            "eager": lambda x, *c: native(x, x.shape[-1:], *c, eps=1e-5),
+        },
+        _pointwise_traffic(shape),
+        quick=quick,
+    )
+
+
 def softmax_dropout(shape) -> Case:
     """Softmax and dropout of its result."""
     return Case(
@@ -295,6 +312,9 @@ CASES = (
     softmax("log_softmax", (8192, 1024)),
     softmax("log_softmax", (512, 32768)),
     softmax("softmin", (8192, 1024)),
+    norm("layer_norm", (8192, 1024)),
+    norm("layer_norm", (64, 1024), quick=True),
+    norm("rms_norm", (8192, 1024)),
     dropout((4096, 4096)),
     dropout((256, 1024), quick=True),
     dropout_add((4096, 1024)),
@@ -315,8 +335,14 @@ def mask(case: Case, provider: str, dtype: torch.dtype, device: torch.device) ->
     return kept.double() / (1 - P)
 
 
-# Written out where the backward of the native op has no forward mode.
+def _layer_norm(x, weight, bias):
+    c = x - x.mean(-1, True)
+    return c * (c.square().mean(-1, True) + 1e-5).rsqrt() * weight + bias
+
+
+# Written out where the backward of the native op has no forward mode, or a wrong one.
 _WRITTEN_OUT = {
+    "layer_norm": _layer_norm,
     "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
     "hardswish": lambda x: x * ((x + 3).clamp(0, 6) / 6),
     "mish": lambda x: x * torch.tanh(F.softplus(x)),

@@ -92,6 +92,13 @@ struct type_caster<jops::Rows> {
   }
 };
 
+// (eps, centred)
+template <>
+struct type_caster<jops::Norm> {
+  PYBIND11_TYPE_CASTER(jops::Norm, const_name("Norm"));
+  bool load(handle source, bool) { return jops::read(source, value.eps, value.centred); }
+};
+
 // the number of threads, or (stream, address of the workspace, its bytes)
 template <>
 struct type_caster<jops::Exec> {
@@ -137,6 +144,10 @@ PYBIND11_MODULE(JOPS_MODULE, m, py::mod_gil_not_used()) {
   def("softmax_dropout", k.softmax_dropout);
   def("softmax_dropout_vjp", k.softmax_dropout_vjp);
   def("softmax_dropout_jvp", k.softmax_dropout_jvp);
+  def("norm", k.norm);
+  def("norm_jvp", k.norm_jvp);
+  def("norm_vjp", k.norm_vjp);
+  def("norm_vjp_jvp", k.norm_vjp_jvp);
   def("linear", k.linear);
   def("linear_act_dropout", k.linear_act_dropout);
   def("linear_act_dropout_jvp", k.linear_act_dropout_jvp);

@@ -148,6 +148,14 @@ class Check {
     }
   }
 
+  // What belongs to the columns of rows.
+  void of_column(const char* name, const Buffer& b, const Rows& r) const {
+    if (!b.given()) return;
+    buffer(name, b);
+    same_dtype(name, b.dtype);
+    extent(name, "elements", b.size, r.n);
+  }
+
   // Sums over n of (outer, n, inner) elements, and the memory that they take on the way.
   void sums(const char* name, const Buffer& b, const Rows& r) const {
     buffer(name, b);
@@ -529,6 +537,63 @@ void column_sum(const Matrix& x, const Buffer& y, const Exec& exec) {
   run.column_sum(x, y, exec);
 }
 
+bool normalized(Check& check, const Norm& norm, const Rows& rows,
+                std::initializer_list<Named> buffers) {
+  if (!(norm.eps >= 0)) check.fail("norm", "eps of at least 0", std::to_string(norm.eps));
+  const bool empty = by_rows(check, rows, buffers);
+  check.extent("rows", "inner", rows.inner, 1);
+  return empty;
+}
+
+void norm(const Norm& norm, const Rows& rows, const Buffer& x, const Buffer& weight,
+          const Buffer& bias, const Buffer& y, const Exec& exec) {
+  Check check("norm", exec);
+  const bool empty = normalized(check, norm, rows, {{"x", x}, {"y", y}});
+  check.of_column("weight", weight, rows);
+  check.of_column("bias", bias, rows);
+  if (empty) return;
+  run.norm(norm, rows, x, weight, bias, y, exec);
+}
+
+void norm_jvp(const Norm& norm, const Rows& rows, const Buffer& x, const Buffer& weight,
+              const Buffer& bias, const Buffer& tx, const Buffer& tweight, const Buffer& tbias,
+              const Buffer& y, const Buffer& ty, const Exec& exec) {
+  Check check("norm_jvp", exec);
+  const bool empty = normalized(check, norm, rows, {{"x", x}, {"y", y}, {"ty", ty}});
+  check.optional("tx", tx);
+  check.of_column("weight", weight, rows);
+  check.of_column("bias", bias, rows);
+  check.of_column("tweight", tweight, rows);
+  check.of_column("tbias", tbias, rows);
+  if (empty) return;
+  run.norm_jvp(norm, rows, x, weight, bias, tx, tweight, tbias, y, ty, exec);
+}
+
+void norm_vjp(const Norm& norm, const Rows& rows, const Buffer& x, const Buffer& weight,
+              const Buffer& gy, const Buffer& gx, const Buffer& sums, const Exec& exec) {
+  Check check("norm_vjp", exec);
+  const bool empty = normalized(check, norm, rows, {{"x", x}, {"gy", gy}, {"gx", gx}});
+  check.of_column("weight", weight, rows);
+  check.sums("sums", sums, {2, rows.outer, rows.n});
+  if (empty) return;
+  run.norm_vjp(norm, rows, x, weight, gy, gx, sums, exec);
+}
+
+void norm_vjp_jvp(const Norm& norm, const Rows& rows, const Buffer& x, const Buffer& weight,
+                  const Buffer& gy, const Buffer& tx, const Buffer& tweight, const Buffer& tgy,
+                  const Buffer& gx, const Buffer& tgx, const Buffer& sums, const Exec& exec) {
+  Check check("norm_vjp_jvp", exec);
+  const bool empty =
+      normalized(check, norm, rows, {{"x", x}, {"gy", gy}, {"gx", gx}, {"tgx", tgx}});
+  check.optional("tx", tx);
+  check.optional("tgy", tgy);
+  check.of_column("weight", weight, rows);
+  check.of_column("tweight", tweight, rows);
+  check.sums("sums", sums, {4, rows.outer, rows.n});
+  if (empty) return;
+  run.norm_vjp_jvp(norm, rows, x, weight, gy, tx, tweight, tgy, gx, tgx, sums, exec);
+}
+
 double fma_peak(Dtype dtype, const Exec& exec) {
   Check("fma_peak", exec).dtype("dtype", dtype);
   return run.fma_peak(dtype, exec);
@@ -566,6 +631,10 @@ Kernels checked(const Kernels& unchecked) {
           softmax_dropout,
           softmax_dropout_vjp,
           softmax_dropout_jvp,
+          norm,
+          norm_jvp,
+          norm_vjp,
+          norm_vjp_jvp,
           linear,
           linear_act_dropout,
           linear_act_dropout_jvp,

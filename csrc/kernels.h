@@ -76,6 +76,12 @@ struct Rows {
   double scale = 1;
 };
 
+// layer_norm (centred) or rms_norm of contiguous rows.
+struct Norm {
+  double eps = 0;
+  bool centred = true;
+};
+
 // How to run: the number of threads of the CPU; on a device its stream and, for sums over rows,
 // memory of at least sum_workspace() bytes to put partial sums into.
 struct Exec {
@@ -137,6 +143,19 @@ struct Kernels {
   void (*softmax_dropout_jvp)(const Rows&, const Buffer& x, const Buffer& tx, const Buffer& y,
                               const Buffer& ty, const Mask&, const Exec&);
 
+  // With Rows of inner 1. weight, bias and their tangents are (n); any of them may be absent, and
+  // tx or tgy. sums: (2, n) the gradients of weight and bias; (4, n) also their tangents.
+  void (*norm)(const Norm&, const Rows&, const Buffer& x, const Buffer& weight, const Buffer& bias,
+               const Buffer& y, const Exec&);
+  void (*norm_jvp)(const Norm&, const Rows&, const Buffer& x, const Buffer& weight,
+                   const Buffer& bias, const Buffer& tx, const Buffer& tweight, const Buffer& tbias,
+                   const Buffer& y, const Buffer& ty, const Exec&);
+  void (*norm_vjp)(const Norm&, const Rows&, const Buffer& x, const Buffer& weight,
+                   const Buffer& gy, const Buffer& gx, const Buffer& sums, const Exec&);
+  void (*norm_vjp_jvp)(const Norm&, const Rows&, const Buffer& x, const Buffer& weight,
+                       const Buffer& gy, const Buffer& tx, const Buffer& tweight, const Buffer& tgy,
+                       const Buffer& gx, const Buffer& tgx, const Buffer& sums, const Exec&);
+
   void (*linear)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
                  const Exec&);
   void (*linear_act_dropout)(const Matrix& x, const Matrix& w, const Buffer& bias,
@@ -156,8 +175,8 @@ struct Kernels {
   void (*linear_vjp)(const Matrix& x, const Matrix& w, const Matrix& gy, const Matrix& gx,
                      const Matrix& gw, const Buffer& gbias, const Exec&);
   void (*column_sum)(const Matrix& x, const Buffer& y, const Exec&);
-  // Bytes of workspace that activation_vjp_sum, column_sum, and linear_vjp with a gbias need for
-  // sums over n of (outer, n, inner) elements.
+  // Bytes of workspace that activation_vjp_sum, column_sum, linear_vjp with a gbias, and norms with
+  // sums (outer is their first extent) need for sums over n of (outer, n, inner) elements.
   std::int64_t (*sum_workspace)(const Rows&);
 
   // The processor's limits, that a bench compares with: flop/s of multiply-adds in registers, and

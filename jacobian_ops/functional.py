@@ -23,6 +23,7 @@ from . import _backend
 from .autograd import activation as _activation
 from .autograd import dropout as _dropout
 from .autograd import linear as _linear
+from .autograd import norm as _norms
 from .autograd import softmax as _softmax
 from .autograd.rule import CPU_KEYS, overwritable, reverse_may_follow
 from .kernels import resolve
@@ -39,6 +40,7 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "layer_norm",
     "leaky_relu",
     "linear",
     "linear_act_dropout",
@@ -47,6 +49,7 @@ __all__ = [
     "mish",
     "relu",
     "relu6",
+    "rms_norm",
     "selu",
     "sigmoid",
     "silu",
@@ -497,6 +500,104 @@ def softmax_dropout(
     if input.dim() == 0:
         return _as_vector(lambda x: softmax_dropout(x, dim, p, generator=generator), input)
     return _softmax.softmax_dropout(input, draw_seed(input, generator), dim, p)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``weight * (x - mean) / sqrt(var + eps) + bias`` over the last dimensions.
+
+    Right at every order of differentiation, where the native op takes mean and variance for
+    constants from the second derivative in forward mode, and the third in reverse mode, on.
+
+    Args:
+        input: Of any shape that ends in ``normalized_shape``.
+        normalized_shape: The last dimensions of ``input``.
+        weight: Of that shape, or None for ones; of the dtype of ``input``, or float32 where that
+            is bfloat16 or float16.
+        bias: Of that shape, or None for zeros; dtypes as for ``weight``.
+        eps: Added to the variance, which is the population's.
+
+    Returns:
+        Contiguous tensor of the shape of ``input``, which is kept for the derivative, with
+        ``weight`` and no statistics.
+
+    Raises:
+        RuntimeError: ``normalized_shape`` is empty or not the last dimensions of ``input``, or
+            ``weight`` or ``bias`` has another shape or dtype.
+        ValueError: ``eps`` is negative.
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(
+            layer_norm,
+            (input, weight, bias),
+            input,
+            normalized_shape,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+        )
+    if not _ours("layer_norm", input):
+        return _native("layer_norm", F.layer_norm, input, normalized_shape, weight, bias, eps)
+    return _norm("layer_norm", input, normalized_shape, weight, bias, eps, centred=True)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimensions.
+
+    Arguments, result and errors as for :func:`layer_norm`, but ``weight`` may have any floating
+    dtype, as in torch; ``eps=None`` is the machine epsilon of
+    the type that sums run in: of float32 for bfloat16 and float16.
+    """
+    if has_torch_function((input, weight)):
+        return handle_torch_function(
+            rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps
+        )
+    if not _ours("rms_norm", input):
+        return _native("rms_norm", F.rms_norm, input, normalized_shape, weight, eps)
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
+    return _norm("rms_norm", input, normalized_shape, weight, None, eps, centred=False)
+
+
+def _norm(op, input, normalized_shape, weight, bias, eps, centred):
+    """What layer_norm and rms_norm share, with messages in the words of their arguments."""
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(
+            f"{op}: normalized_shape is {list(shape)}; allowed: one or more of the last dimensions "
+            f"of input, which has shape {list(input.shape)}"
+        )
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps is {eps}; it must be at least 0")
+    input = _full_precision(input)
+    columns = []
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check_tensor(op, name, t)
+            if tuple(t.shape) != shape:
+                raise RuntimeError(
+                    f"{op}: {name} has shape {list(t.shape)}; it must be normalized_shape, "
+                    f"{list(shape)}"
+                )
+            wider = t.dtype is torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+            if centred and t.dtype is not input.dtype and not wider:
+                raise RuntimeError(
+                    f"{op}: {name} has dtype {name_of(t.dtype)}; allowed: that of input, "
+                    f"{name_of(input.dtype)}, or float32 where input is bfloat16 or float16"
+                )
+            t = t.to(input.dtype)
+        columns.append(t)
+    return _norms.norm(input, *columns, len(shape), float(eps), centred)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -22,12 +22,14 @@ __all__ = [
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LinearActDropout",
     "LogSigmoid",
     "LogSoftmax",
     "Mish",
+    "RMSNorm",
     "ReLU",
     "ReLU6",
     "SiLU",
@@ -198,6 +200,22 @@ class Softmin(torch.nn.Softmin):
     def forward(self, input: Tensor) -> Tensor:
         """Apply :func:`jacobian_ops.functional.softmin`."""
         return F.softmin(input, self.dim, _stacklevel=5)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """As :class:`torch.nn.LayerNorm`, right at every order of differentiation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`jacobian_ops.functional.layer_norm`."""
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """As :class:`torch.nn.RMSNorm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`jacobian_ops.functional.rms_norm`."""
+        return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
 
 
 class Dropout(torch.nn.Dropout):

@@ -231,4 +231,38 @@ LINEAR = [
     fused("gelu", P, residual=True),
 ]
 
-CASES = POINTWISE + SOFTMAX + DROPOUT + LINEAR
+
+def norm_primitive(dims, eps, centred):
+    axes = tuple(range(-dims, 0))
+
+    def run(x, weight=None, bias=None):
+        c = x - x.mean(axes, True) if centred else x
+        y = c / (c.square().mean(axes, True) + eps).sqrt()
+        y = y if weight is None else weight * y
+        return y if bias is None else y + bias
+
+    return run
+
+
+def normalized(name, shape, *columns, suffix="", **params):
+    """layer_norm or rms_norm of (2, 3, *shape), with as many columns as are given."""
+    ours, native = getattr(J, name), getattr(F, name)
+    eps = params.get("eps") or (1e-5 if name == "layer_norm" else torch.finfo(torch.float64).eps)
+    return Case(
+        name + suffix,
+        lambda x, *c: ours(x, shape, *c, **params),
+        norm_primitive(len(shape), eps, name == "layer_norm"),
+        lambda x, *c: native(x, shape, *c, **params),
+        ((2, 3, *shape), *columns),
+    )
+
+
+NORM = [
+    normalized("layer_norm", (5,), (5,), (5,)),
+    normalized("layer_norm", (5,), suffix="-plain", eps=0.1),
+    normalized("layer_norm", (2, 3), (2, 3), suffix="-two_dims"),
+    normalized("rms_norm", (5,), (5,), eps=1e-3),
+    normalized("rms_norm", (2, 3), suffix="-plain"),
+]
+
+CASES = POINTWISE + SOFTMAX + DROPOUT + LINEAR + NORM

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jacobian_ops.autograd import activation, dropout, linear, softmax
+from jacobian_ops.autograd import activation, dropout, linear, norm, softmax
 
 D = torch.float64
 
@@ -53,6 +53,25 @@ SAMPLES = {
     "softmax_dropout_jvp": [(leaf(3, 4), leaf(3, 4), SEED, 1, 0.4)],
     "dropout": [(leaf(3, 4), SEED, 0.4), (leaf(3, 4), torch.tensor([1, 2, 3]), 0.4)],
     "dropout_add": [(leaf(3, 4), leaf(3, 4), SEED, 0.4)],
+    "norm": [
+        (leaf(2, 3, 4), leaf(4), leaf(4), 1, 0.1, True),
+        (leaf(2, 3, 4), leaf(3, 4), None, 2, 0.1, False),
+        (leaf(3, 4), None, leaf(4), 1, 0.1, True),
+    ],
+    "norm_jvp": [
+        (leaf(3, 4), leaf(4), leaf(4), leaf(3, 4), leaf(4), leaf(4), 1, 0.1, True),
+        (leaf(3, 4), leaf(4), None, None, leaf(4), None, 1, 0.1, False),
+        (leaf(3, 4), None, None, leaf(3, 4), None, None, 1, 0.1, True),
+    ],
+    "norm_vjp": [
+        (leaf(2, 3, 4), leaf(4), leaf(2, 3, 4), 1, 0.1, True),
+        (leaf(2, 3, 4), None, leaf(2, 3, 4), 2, 0.1, False),
+    ],
+    "norm_vjp_jvp": [
+        (leaf(3, 4), leaf(4), leaf(3, 4), leaf(3, 4), leaf(4), leaf(3, 4), 1, 0.1, True),
+        (leaf(3, 4), leaf(4), leaf(3, 4), leaf(3, 4), None, None, 1, 0.1, False),
+        (leaf(3, 4), None, leaf(3, 4), None, leaf(4), leaf(3, 4), 1, 0.1, True),
+    ],
     "linear": [(leaf(3, 4), leaf(5, 4), leaf(5)), (leaf(2, 3, 4), leaf(2, 5, 4), None)],
     "linear_vjp": [
         (leaf(3, 5), leaf(3, 4), leaf(5, 4), True),
@@ -99,7 +118,7 @@ ORDERS = {
     "activation_vjp_vjp": lambda args: args[-1] + 1,
     "activation_vjp_jvp": lambda args: args[-1] + (args[2] is not None),
 }
-MODULES = (activation, softmax, dropout, linear)
+MODULES = (activation, softmax, dropout, linear, norm)
 CALLS = {
     n: getattr(m, n) for m in MODULES for n in SAMPLES if hasattr(getattr(m, n, None), "Function")
 }

@@ -35,6 +35,12 @@ ARGUMENTS = {
     "Softmax": [dict(dim=-1), dict(dim=0)],
     "LogSoftmax": [dict(dim=-1), dict(dim=0)],
     "Softmin": [dict(dim=-1), dict(dim=0)],
+    "LayerNorm": [
+        dict(normalized_shape=64),
+        dict(normalized_shape=(64,), eps=0.1, bias=False),
+        dict(normalized_shape=64, elementwise_affine=False),
+    ],
+    "RMSNorm": [dict(normalized_shape=64), dict(normalized_shape=(64,), eps=0.1)],
     "Dropout": [{}, dict(p=0.0), dict(p=0.2), dict(p=1.0)],
 }
 OWN = {
@@ -266,12 +272,13 @@ def test_deepcopy_and_pickle(name, kwargs):
 
 @each_and_own
 def test_meta(name, kwargs):
-    factory = dict(device="meta") if "in_features" in kwargs else {}
+    parametric = {"in_features", "normalized_shape"} & kwargs.keys()
+    factory = dict(device="meta") if parametric else {}
     module = getattr(jnn, name)(**kwargs, **factory)
     assert all(p.is_meta for p in module.parameters())
     args = [a.to("meta") for a in (x_of(), *extra(name))]
     y = module(*args)
-    assert y.is_meta and y.shape == ((80, 5) if factory else (80, 64))
+    assert y.is_meta and y.shape == ((80, 5) if "in_features" in kwargs else (80, 64))
     real = module.to_empty(device=torch.get_default_device())
     assert real(x_of(), *extra(name)).shape == y.shape
 

@@ -111,7 +111,7 @@ def fused(monkeypatch):
 
 @pytest.mark.parametrize("name", SWAPPED)
 def test_bare_layer(name):
-    layer = getattr(nn, name)(*((3, 4) if name == "Linear" else ()))
+    layer = getattr(nn, name)(*{"Linear": (3, 4), "LayerNorm": (3,), "RMSNorm": (3,)}.get(name, ()))
     before = list(layer.__dict__)
     assert replace(layer) is layer and type(layer) is getattr(jnn, name)
     assert restore(layer) is layer and type(layer) is getattr(nn, name)
@@ -147,11 +147,8 @@ def test_exact_classes_only():
 
 def test_nested():
     native, ours = twins(Block().double())
-    assert [type(m).__module__.split(".")[0] for m in ours.modules() if not [*m.children()]] == [
-        "torch" if isinstance(m, nn.LayerNorm) else "jacobian_ops"
-        for m in native.modules()
-        if not [*m.children()]
-    ]
+    for m in ours.modules():
+        assert [*m.children()] or type(m).__module__.startswith("jacobian_ops")
     assert type(ours.inner) is nn.Sequential  # nothing in a row to fuse
     assert type(ours.inner[0]) is FusedSequential
     same(native, ours, x_of().double())
@@ -606,7 +603,7 @@ def test_a_failure_midway_leaves_nothing_half_swapped(function, step, monkeypatc
 
     monkeypatch.setattr(MODULE, step, count)
     function(copy.deepcopy(start))
-    assert swaps == 12
+    assert swaps == 13
     for n in range(swaps):
         model, left = copy.deepcopy(start), n
 

@@ -54,6 +54,7 @@ namespace jops::JOPS_BASE {
 
 void register_activation(Kernels& table);
 void register_dropout(Kernels& table);
+void register_norm(Kernels& table);
 void register_softmax(Kernels& table);
 
 // Block primitives work on a few KiB that stay in L1: compute type A (float or double), unit

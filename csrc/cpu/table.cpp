@@ -6,6 +6,7 @@ Kernels table() {
   Kernels kernels;
   register_activation(kernels);
   register_dropout(kernels);
+  register_norm(kernels);
   register_softmax(kernels);
   register_linear(kernels);
   register_probe(kernels);

@@ -10,6 +10,7 @@ void register_columns(Kernels& table);
 void register_dropout(Kernels& table);
 void register_linear(Kernels& table);
 void register_log_softmax(Kernels& table);
+void register_norm(Kernels& table);
 void register_softmax(Kernels& table);
 void register_softmax_dropout(Kernels& table);
 

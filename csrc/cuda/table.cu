@@ -12,6 +12,7 @@ const Kernels& kernels() {
     JOPS_ISA::register_dropout(all);
     JOPS_ISA::register_linear(all);
     JOPS_ISA::register_log_softmax(all);
+    JOPS_ISA::register_norm(all);
     JOPS_ISA::register_softmax(all);
     JOPS_ISA::register_softmax_dropout(all);
     return checked(all);

@@ -27,6 +27,7 @@ from .linear import (
     linear_jvp,
     linear_vjp,
 )
+from .norm import norm, norm_jvp, norm_vjp, norm_vjp_jvp
 from .softmax import (
     log_softmax,
     log_softmax_jvp,
@@ -71,6 +72,10 @@ __all__ = [
     "log_softmax_vjp",
     "log_softmax_vjp_jvp",
     "log_softmax_vjp_vjp",
+    "norm",
+    "norm_jvp",
+    "norm_vjp",
+    "norm_vjp_jvp",
     "resolve",
     "softmax",
     "softmax_dropout",

@@ -1,0 +1,163 @@
+"""layer_norm and rms_norm with their products.
+
+Rows are the last ``dims`` dimensions of ``x``, n numbers each; ``weight`` and ``bias`` have their
+shape.  ``x^ = (x - mean) * r`` with ``r = 1 / sqrt(mean((x - mean)^2) + eps)``; where not
+``centred`` (rms_norm), the mean is 0.  ``P(q) = q - mean(q) - x^ * mean(x^ * q)``, there without
+``mean(q)``; ``r * P`` is the derivative of ``x^``, symmetric.  Statistics are never saved.
+
+References: Ba, Kiros and Hinton, Layer normalization, 2016, arXiv:1607.06450; Zhang and Sennrich,
+Root mean square layer normalization, 2019, arXiv:1910.07467.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .. import _backend
+from ._arguments import arrays_too, check_dtype, check_same, operands, result_like
+
+
+def _run(op, x, dims, eps, centred, along, of_column, order, results, kinds=0):
+    """Check and run the kernel ``op``.
+
+    Args:
+        op: A name of ``csrc/bindings.cpp``.
+        x: The input.
+        dims: How many of the last dimensions are a row.
+        eps: Added to the variance.
+        centred: Whether the mean is subtracted.
+        along: Other tensors of the shape of ``x``, or None, by name.
+        of_column: Tensors of the shape of a row, or None, by name.
+        order: The names of all of them as the kernel takes them.
+        results: How many tensors like ``x`` come out.
+        kinds: How many sums over the rows come out, in one tensor.
+    """
+    check_dtype(op, "x", x)
+    if not 1 <= dims <= x.dim():
+        raise RuntimeError(f"{op}: dims is {dims}; allowed: 1 to {x.dim()}, the dimensions of x")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps is {eps}; it must be at least 0")
+    shape = x.shape[-dims:]
+    ready = {}
+    for name, t in of_column.items():
+        if t is not None:
+            check_same(op, "x", x, name, t)
+            if t.shape != shape:
+                raise RuntimeError(
+                    f"{op}: {name} has shape {list(t.shape)}; it must be that of a row, "
+                    f"{list(shape)}"
+                )
+            t = t.resolve_neg().contiguous()
+        ready[name] = t
+    x, *others = operands(op, ("x", *along), (x, *along.values()), row_major=True)
+    ready |= {"x": x, **dict(zip(along, others, strict=True))}
+    out = [result_like(x) for _ in range(results)]
+    n = math.prod(shape)
+    rows = math.prod(x.shape[:-dims])
+    if kinds:
+        out.append(x.new_empty((kinds, *shape)))
+    if x.numel():
+        _backend.run(
+            op,
+            "x",
+            x,
+            op,
+            (eps, centred),
+            (rows, n, 1, 1.0),
+            *(None if ready[k] is None else _backend.buffer(ready[k]) for k in order),
+            *map(_backend.buffer, out),
+            sums=(kinds, rows, n, 1.0) if kinds else None,
+        )
+    elif kinds:
+        out[-1].zero_()
+    return tuple(out)
+
+
+@arrays_too
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float, centred: bool
+) -> Tensor:
+    """``y = weight * x^ + bias``.
+
+    Args:
+        x: Of any shape with at least ``dims`` dimensions; float64, float32, bfloat16 or float16.
+        weight: Of the shape of a row, or None for ones.
+        bias: Of the shape of a row, or None for zeros.
+        dims: How many of the last dimensions are a row.
+        eps: Added to the variance.
+        centred: Whether the mean is subtracted: layer_norm, else rms_norm.
+
+    Returns:
+        Contiguous tensor of the shape and dtype of ``x``.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or devices do not fit.
+        ValueError: ``eps`` is negative.
+    """
+    columns = {"weight": weight, "bias": bias}
+    return _run("norm", x, dims, eps, centred, {}, columns, ("x", "weight", "bias"), 1)[0]
+
+
+@arrays_too
+def norm_jvp(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tx: Tensor | None,
+    tweight: Tensor | None,
+    tbias: Tensor | None,
+    dims: int,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """``y`` and its tangent in one visit; absent tangents are None.
+
+    ``ty = weight * r * P(tx) + tweight * x^ + tbias``.
+    """
+    columns = {"weight": weight, "bias": bias, "tweight": tweight, "tbias": tbias}
+    order = ("x", "weight", "bias", "tx", "tweight", "tbias")
+    return _run("norm_jvp", x, dims, eps, centred, {"tx": tx}, columns, order, 2)
+
+
+@arrays_too
+def norm_vjp(
+    x: Tensor, weight: Tensor | None, gy: Tensor, dims: int, eps: float, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """``gx = r * P(weight * gy)``, and the cotangents of weight and bias, stacked.
+
+    Returns:
+        ``gx``, and a tensor (2, row): the sums over rows of ``x^ * gy`` and of ``gy``.
+    """
+    columns = {"weight": weight}
+    order = ("x", "weight", "gy")
+    return _run("norm_vjp", x, dims, eps, centred, {"gy": gy}, columns, order, 1, 2)
+
+
+@arrays_too
+def norm_vjp_jvp(
+    x: Tensor,
+    weight: Tensor | None,
+    gy: Tensor,
+    tx: Tensor | None,
+    tweight: Tensor | None,
+    tgy: Tensor | None,
+    dims: int,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`norm_vjp` and its tangent along ``(tx, tweight, tgy)``, any of which may be None.
+
+    With ``p = weight * gy``, ``A = mean(x^ * p)``, ``B = mean(x^ * tx)`` and
+    ``C = mean(p * tx) - mean(p) * mean(tx) - A * B`` (without the product of means for rms_norm),
+    ``tgx = r * P(weight * tgy + tweight * gy) - r^2 * (x^ * C + B * P(p) + A * P(tx))``.
+
+    Returns:
+        ``gx``, ``tgx``, and a tensor (4, row): the cotangents of weight and bias, then their
+        tangents, the sums over rows of ``x^ * tgy + gy * r * P(tx)`` and of ``tgy``.
+    """
+    columns = {"weight": weight, "tweight": tweight}
+    along = {"gy": gy, "tx": tx, "tgy": tgy}
+    order = ("x", "weight", "gy", "tx", "tweight", "tgy")
+    return _run("norm_vjp_jvp", x, dims, eps, centred, along, columns, order, 2, 4)
