@@ -54,10 +54,10 @@ demo: $(BUILT)  ## train a small transformer on real digits, native and ours, an
 
 # Twice: with every call going to our own kernels, then as users run it, where tiny calls and some
 # matrix products go to torch.  Both passes run, even when the first fails; the second one leaves out
-# tests in which nothing can go to torch, and those of compiled graphs and of single dispatcher ops,
-# which are ours however small they are.
-WITHOUT_TORCH = $(patsubst %,--ignore=tests/test_%.py, \
-  bench compile cuda_gate dispatcher host_memory info limits packaging runtime)
+# ops and tests in which nothing can go to torch, and those of compiled graphs and of single
+# dispatcher ops, which are ours however small they are.
+WITHOUT_TORCH = --routed $(patsubst %,--ignore=tests/test_%.py, \
+  bench compile cuda_gate dispatcher dropout host_memory info limits norm packaging runtime)
 test: $(BUILT)  ## run the tests, with and without what is left to torch
 	@status=0; \
 	echo "== every call through our own kernels"; \

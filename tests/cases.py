@@ -266,3 +266,10 @@ NORM = [
 ]
 
 CASES = POINTWISE + SOFTMAX + DROPOUT + LINEAR + NORM
+
+# Below their public functions all activations are one op: what is about the op takes one of each
+# kind (without a kink, with one, with a parameter).
+KINDS = ("relu", "gelu", "leaky_relu-negative_slope")
+OPS = [c for c in CASES if c not in POINTWISE or c.name in KINDS]
+# Those of which some calls go to torch, as installed.
+ROUTED = [c for c in POINTWISE if c.name in KINDS] + SOFTMAX + LINEAR

@@ -31,6 +31,14 @@ if ON_HOST:
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() and "cuda" in _backend.BACKENDS else ("cpu",)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--routed",
+        action="store_true",
+        help="of the cases only those that torch may run",
+    )
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "cpu_only: about the CPU's kernels and what is around them")
 
@@ -43,10 +51,14 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    if ON_HOST:
-        left = [i for i in items if i.get_closest_marker("cpu_only")]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [i for i in items if not i.get_closest_marker("cpu_only")]
+    def kept(item):
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if config.getoption("--routed") and isinstance(case, cases.Case):
+            return case in cases.ROUTED
+        return not (ON_HOST and item.get_closest_marker("cpu_only"))
+
+    config.hook.pytest_deselected(items=[i for i in items if not kept(i)])
+    items[:] = [i for i in items if kept(i)]
 
 
 hypothesis.settings.register_profile(

@@ -6,12 +6,9 @@ from torch.func import grad, jvp, vmap
 
 import jacobian_ops.functional as J
 
-from .cases import CASES, POINTWISE
+from .cases import CASES, OPS
 
 close = torch.testing.assert_close
-# Below their public functions, which test_training compiles, all activations are one op.
-ACTIVATIONS = ("relu", "gelu", "leaky_relu-negative_slope")
-OPS = [c for c in CASES if c not in POINTWISE or c.name in ACTIVATIONS]
 
 
 def compiled(f, backend="aot_eager", **kwargs):

@@ -7,7 +7,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import jacobian_ops.functional as J
 
-from .cases import CASES, SOFTMAX, softmax_primitive
+from .cases import OPS, SOFTMAX, softmax_primitive
 
 close = torch.testing.assert_close
 
@@ -65,7 +65,7 @@ def stack(xs, dim=0):
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", OPS, ids=str)
 def test_matches_primitives(case, run):
     xs = case.inputs()
     ts = tuple(torch.randn_like(x) for x in xs)
@@ -77,7 +77,7 @@ def test_matches_primitives(case, run):
     )
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if len(c.shapes) > 1], ids=str)
+@pytest.mark.parametrize("case", [c for c in OPS if len(c.shapes) > 1], ids=str)
 def test_vmap_over_each_argument(case):
     xs = case.inputs()
     for batched in range(len(xs)):
@@ -90,7 +90,7 @@ def test_vmap_over_each_argument(case):
         )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", OPS, ids=str)
 def test_forward_ad_and_backward(case):
     """A dual tensor whose primal and tangent are trained, by the older interface."""
 
@@ -110,7 +110,7 @@ def test_forward_ad_and_backward(case):
     close(ours, run(case.primitive), atol=1e-9, rtol=1e-7)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", OPS, ids=str)
 def test_is_grads_batched(case):
     """The older vmap, over a backward that took the short way."""
     xs = case.inputs(requires_grad=True)
