@@ -20,8 +20,15 @@ PROGRAM = """
     PAGE = resource.getpagesize()
 
     def faults(n=5):
-        '''Page faults of n tensors, one after the other, none of them the first of its size.'''
-        torch.ones(SIZE, dtype=torch.int8)
+        '''Page faults of n tensors, one after the other.
+
+        Not of the first ones: until glibc's caches of small chunks are full, such a chunk may lie
+        behind a large one and keep it from growing together with what is free.
+        '''
+        small = [torch.ones(8) for _ in range(64)]
+        del small
+        for _ in range(3):
+            torch.ones(SIZE, dtype=torch.int8)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(n):
             torch.ones(SIZE, dtype=torch.int8)
