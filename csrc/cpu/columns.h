@@ -43,6 +43,24 @@ JOPS_HD Vec<Compute<T>> strided(const T* p, std::int64_t stride, int n) {
   return load(near);
 }
 
+// y = the sums over `count` parts of n numbers in whole vectors, from one part to the next
+// `stride`.
+template <class T>
+void add_parts(const Compute<T>* parts, std::int64_t count, std::int64_t stride, std::int64_t n,
+               T* y) {
+  using V = Vec<Compute<T>>;
+  for (std::int64_t j = 0; j < n; j += V::kLanes) {
+    V total(Compute<T>(0)), lost(Compute<T>(0));
+    for (std::int64_t part = 0; part < count; ++part) {
+      add_compensated(load(parts + part * stride + j), total, lost);
+    }
+    if (j + V::kLanes <= n)
+      store(y + j, total);
+    else
+      store_n(y + j, total, static_cast<int>(n - j));
+  }
+}
+
 // y = the sums of x over its rows. `prepare(row, count)` comes before `count` of them are read, if
 // it makes them (kMade); it sees whole rows then.
 template <bool kMade, class T, class Prepare>
@@ -93,16 +111,7 @@ void sum_columns(const Matrix& x, std::int64_t batch, T* y, int threads, const P
       }
     }
   });
-  for (std::int64_t j = 0; j < N; j += V::kLanes) {
-    V total(A(0)), lost(A(0));
-    for (std::int64_t part = 0; part < parts; ++part) {
-      add_compensated(load(sums.data + part * pitch + j), total, lost);
-    }
-    if (j + V::kLanes <= N)
-      store(y + j, total);
-    else
-      store_n(y + j, total, static_cast<int>(N - j));
-  }
+  add_parts(sums.data, parts, pitch, N, y);
 }
 
 template <class T>

@@ -156,22 +156,6 @@ void normalize(const Call<T>& call, std::int64_t row, Compute<T>* sums, std::int
   }
 }
 
-// sums[k * n + j] = the parts' numbers [part][k][j] added up.
-template <class T>
-void add_parts(const Compute<T>* parts, std::int64_t count, int kinds, std::int64_t pitch,
-               std::int64_t n, T* sums) {
-  using V = Vec<Compute<T>>;
-  for (int k = 0; k < kinds; ++k) {
-    for (std::int64_t j = 0; j < n; j += V::kLanes) {
-      V total(Compute<T>(0)), lost(Compute<T>(0));
-      for (std::int64_t part = 0; part < count; ++part) {
-        add_compensated(load(parts + (part * kinds + k) * pitch + j), total, lost);
-      }
-      store_n(sums + k * n + j, total, static_cast<int>(least<std::int64_t>(V::kLanes, n - j)));
-    }
-  }
-}
-
 struct Launch {
   template <class Row, bool kCentred>
   static void run(double eps, const Rows& rows, const Buffer (&in)[Row::kIn],
@@ -222,8 +206,9 @@ struct Launch {
         }
         if (call.streams) stream_fence();
       });
-      if constexpr (kKinds > 0) {
-        add_parts(parts.data, tasks, kKinds, pitch, rows.n, static_cast<T*>(sums.data));
+      for (int k = 0; k < kKinds; ++k) {
+        add_parts(parts.data + k * pitch, tasks, kKinds * pitch, rows.n,
+                  static_cast<T*>(sums.data) + k * rows.n);
       }
     });
   }
