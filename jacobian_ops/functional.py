@@ -518,7 +518,7 @@ def layer_norm(
         input: Of any shape that ends in ``normalized_shape``.
         normalized_shape: The last dimensions of ``input``.
         weight: Of that shape, or None for ones; of the dtype of ``input``, or float32 where that
-            is bfloat16 or float16.
+            is bfloat16 or float16: then it is rounded to that first, and so is its gradient.
         bias: Of that shape, or None for zeros; dtypes as for ``weight``.
         eps: Added to the variance, which is the population's.
 
@@ -555,8 +555,8 @@ def rms_norm(
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimensions.
 
     Arguments, result and errors as for :func:`layer_norm`, but ``weight`` may have any floating
-    dtype, as in torch; ``eps=None`` is the machine epsilon of
-    the type that sums run in: of float32 for bfloat16 and float16.
+    dtype, as in torch.  ``eps=None`` is the machine epsilon of the type that sums run in: of
+    float32 for bfloat16 and float16.
     """
     if has_torch_function((input, weight)):
         return handle_torch_function(

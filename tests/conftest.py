@@ -53,8 +53,9 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     def kept(item):
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        if config.getoption("--routed") and isinstance(case, cases.Case):
-            return case in cases.ROUTED
+        is_op = isinstance(case, cases.Case)
+        if is_op and config.getoption("--routed") and case not in cases.ROUTED:
+            return False
         return not (ON_HOST and item.get_closest_marker("cpu_only"))
 
     config.hook.pytest_deselected(items=[i for i in items if not kept(i)])
