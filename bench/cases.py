@@ -43,6 +43,8 @@ class Case:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the result."""
+        if self.op.endswith("cross_entropy"):
+            return ()
         if len(self.shapes) > 1 and self.op.startswith("linear"):
             return (*self.shapes[0][:-1], self.shapes[1][0])
         return self.shapes[0]
@@ -211,6 +213,51 @@ def norm(name: str, shape, quick: bool = False) -> Case:
     )
 
 
+# Times the logits are read or written. A loss that was computed once is not read again for hvp.
+LOSS_TRAFFIC = {"forward": 1, "vjp": 2, "forward+vjp": 3, "jvp": 2, "hvp": 4}
+
+
+def _classes(rows: int, classes: int, device) -> Tensor:
+    return torch.arange(rows, device=device) * 7919 % classes
+
+
+def cross_entropy(shape, quick: bool = False) -> Case:
+    """The losses of classes, summed."""
+
+    def run(f):
+        return lambda x: f(x, _classes(*x.shape, x.device), reduction="sum")
+
+    n = math.prod(shape)
+    return Case(
+        "cross_entropy",
+        _label(*shape),
+        (shape,),
+        {"jacobian_ops": run(J.cross_entropy), "eager": run(F.cross_entropy)},
+        {mode: n * count for mode, count in LOSS_TRAFFIC.items()},
+        quick=quick,
+    )
+
+
+def linear_cross_entropy(m: int, k: int, n: int, quick: bool = False) -> Case:
+    """The summed losses of a linear layer's logits: traffic is that of the layer's own tensors."""
+
+    def eager(x, weight):
+        return F.cross_entropy(F.linear(x, weight), _classes(m, n, x.device), reduction="sum")
+
+    def ours(x, weight):
+        return J.linear_cross_entropy(x, weight, _classes(m, n, x.device), reduction="sum")
+
+    return Case(
+        "linear_cross_entropy",
+        _label(m, k, n),
+        ((m, k), (n, k)),
+        {"jacobian_ops": ours, "eager": eager},
+        {mode: (m * k + n * k) * count for mode, count in PRODUCTS.items()},
+        {mode: 2.0 * m * k * n * count for mode, count in PRODUCTS.items()},
+        quick=quick,
+    )
+
+
 def softmax_dropout(shape) -> Case:
     """Softmax and dropout of its result."""
     return Case(
@@ -315,6 +362,9 @@ CASES = (
     norm("layer_norm", (8192, 1024)),
     norm("layer_norm", (64, 1024), quick=True),
     norm("rms_norm", (8192, 1024)),
+    cross_entropy((2048, 32000)),
+    cross_entropy((64, 1000), quick=True),
+    linear_cross_entropy(1024, 512, 32000),
     dropout((4096, 4096)),
     dropout((256, 1024), quick=True),
     dropout_add((4096, 1024)),

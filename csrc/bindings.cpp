@@ -99,6 +99,21 @@ struct type_caster<jops::Norm> {
   bool load(handle source, bool) { return jops::read(source, value.eps, value.centred); }
 };
 
+// (address of the classes, their number or -1, probabilities, weight, ignore_index, smoothing)
+template <>
+struct type_caster<jops::Target> {
+  PYBIND11_TYPE_CASTER(jops::Target, const_name("Target"));
+  bool load(handle source, bool) {
+    std::uintptr_t classes = 0;
+    if (!jops::read(source, classes, value.rows, value.probabilities, value.weight,
+                    value.ignore_index, value.smoothing)) {
+      return false;
+    }
+    value.classes = reinterpret_cast<const std::int64_t*>(classes);
+    return true;
+  }
+};
+
 // the number of threads, or (stream, address of the workspace, its bytes)
 template <>
 struct type_caster<jops::Exec> {
@@ -148,6 +163,10 @@ PYBIND11_MODULE(JOPS_MODULE, m, py::mod_gil_not_used()) {
   def("norm_jvp", k.norm_jvp);
   def("norm_vjp", k.norm_vjp);
   def("norm_vjp_jvp", k.norm_vjp_jvp);
+  def("cross_entropy", k.cross_entropy);
+  def("cross_entropy_jvp", k.cross_entropy_jvp);
+  def("cross_entropy_vjp", k.cross_entropy_vjp);
+  def("cross_entropy_vjp_jvp", k.cross_entropy_vjp_jvp);
   def("linear", k.linear);
   def("linear_act_dropout", k.linear_act_dropout);
   def("linear_act_dropout_jvp", k.linear_act_dropout_jvp);

@@ -156,6 +156,31 @@ class Check {
     extent(name, "elements", b.size, r.n);
   }
 
+  // What belongs to rows, or to classes: float64, or float32 for the other types.
+  void wide(const char* name, const Buffer& b, std::int64_t size) const {
+    buffer(name, b);
+    const Dtype wide = first_.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+    if (b.dtype != wide) fail(name, dtype_name(wide), dtype_name(b.dtype));
+    extent(name, "elements", b.size, size);
+  }
+
+  void target(const Target& t, const Rows& r) const {
+    if (t.rows >= 0) {
+      extent("target", "classes", t.rows, r.outer * r.inner);
+      if (t.rows > 0 && t.classes == nullptr) fail("target", "a pointer to classes", "null");
+      if (t.probabilities.given()) fail("target", "classes or probabilities", "both");
+    } else {
+      like_first("target", t.probabilities);
+    }
+    if (t.weight.given()) wide("weight", t.weight, r.n);
+    if (!(t.smoothing >= 0 && t.smoothing <= 1)) {
+      fail("target", "smoothing in [0, 1]", std::to_string(t.smoothing));
+    }
+    constexpr std::int64_t kMost = (std::int64_t{1} << 31) - 1;
+    if (r.n > kMost) fail("rows", "at most 2^31 - 1 classes", std::to_string(r.n));
+    if (r.scale != 1) fail("rows", "scale 1", std::to_string(r.scale));
+  }
+
   // Sums over n of (outer, n, inner) elements, and the memory that they take on the way.
   void sums(const char* name, const Buffer& b, const Rows& r) const {
     buffer(name, b);
@@ -594,6 +619,49 @@ void norm_vjp_jvp(const Norm& norm, const Rows& rows, const Buffer& x, const Buf
   run.norm_vjp_jvp(norm, rows, x, weight, gy, tx, tweight, tgy, gx, tgx, sums, exec);
 }
 
+void cross_entropy(const Rows& rows, const Target& target, const Buffer& x, const Buffer& loss,
+                   const Exec& exec) {
+  Check check("cross_entropy", exec);
+  const bool empty = by_rows(check, rows, {{"x", x}});
+  check.target(target, rows);
+  check.wide("loss", loss, rows.outer * rows.inner);
+  if (empty) return;
+  run.cross_entropy(rows, target, x, loss, exec);
+}
+
+void cross_entropy_jvp(const Rows& rows, const Target& target, const Buffer& x, const Buffer& tx,
+                       const Buffer& loss, const Buffer& tloss, const Exec& exec) {
+  Check check("cross_entropy_jvp", exec);
+  const bool empty = by_rows(check, rows, {{"x", x}, {"tx", tx}});
+  check.target(target, rows);
+  check.wide("loss", loss, rows.outer * rows.inner);
+  check.wide("tloss", tloss, rows.outer * rows.inner);
+  if (empty) return;
+  run.cross_entropy_jvp(rows, target, x, tx, loss, tloss, exec);
+}
+
+void cross_entropy_vjp(const Rows& rows, const Target& target, const Buffer& x, const Buffer& g,
+                       const Buffer& gx, const Exec& exec) {
+  Check check("cross_entropy_vjp", exec);
+  const bool empty = by_rows(check, rows, {{"x", x}, {"gx", gx}});
+  check.target(target, rows);
+  check.wide("g", g, rows.outer * rows.inner);
+  if (empty) return;
+  run.cross_entropy_vjp(rows, target, x, g, gx, exec);
+}
+
+void cross_entropy_vjp_jvp(const Rows& rows, const Target& target, const Buffer& x, const Buffer& g,
+                           const Buffer& tx, const Buffer& tg, const Buffer& gx, const Buffer& tgx,
+                           const Exec& exec) {
+  Check check("cross_entropy_vjp_jvp", exec);
+  const bool empty = by_rows(check, rows, {{"x", x}, {"tx", tx}, {"gx", gx}, {"tgx", tgx}});
+  check.target(target, rows);
+  check.wide("g", g, rows.outer * rows.inner);
+  if (tg.given()) check.wide("tg", tg, rows.outer * rows.inner);
+  if (empty) return;
+  run.cross_entropy_vjp_jvp(rows, target, x, g, tx, tg, gx, tgx, exec);
+}
+
 double fma_peak(Dtype dtype, const Exec& exec) {
   Check("fma_peak", exec).dtype("dtype", dtype);
   return run.fma_peak(dtype, exec);
@@ -643,7 +711,11 @@ Kernels checked(const Kernels& unchecked) {
           column_sum,
           unchecked.sum_workspace,
           fma_peak,
-          copy_bandwidth};
+          copy_bandwidth,
+          cross_entropy,
+          cross_entropy_jvp,
+          cross_entropy_vjp,
+          cross_entropy_vjp_jvp};
 }
 
 }  // namespace jops

@@ -82,6 +82,19 @@ struct Norm {
   bool centred = true;
 };
 
+// What cross_entropy wants of rows of n logits: a class of each row, in [0, n), or probabilities of
+// the shape of the logits. A row whose class is ignore_index counts for nothing; on a device, where
+// no one looks before the kernel does, any other class outside the range makes NaN of its row.
+// weight (n) and what belongs to a row (losses, cotangents) are float64, or float32 for the others.
+struct Target {
+  const std::int64_t* classes = nullptr;
+  std::int64_t rows = -1;  // as many as classes; -1 without
+  Buffer probabilities;
+  Buffer weight;  // of classes, or absent
+  std::int64_t ignore_index = -100;
+  double smoothing = 0;
+};
+
 // How to run: the number of threads of the CPU; on a device its stream and, for sums over rows,
 // memory of at least sum_workspace() bytes to put partial sums into.
 struct Exec {
@@ -183,6 +196,18 @@ struct Kernels {
   // bytes/s, read and written, of a copy of `bytes` bytes with plain or with non-temporal stores.
   double (*fma_peak)(Dtype, const Exec&);
   double (*copy_bandwidth)(std::int64_t bytes, bool non_temporal, const Exec&);
+
+  // Rows of outer x inner columns of n logits, scale 1. gx may be x.
+  void (*cross_entropy)(const Rows&, const Target&, const Buffer& x, const Buffer& loss,
+                        const Exec&);
+  void (*cross_entropy_jvp)(const Rows&, const Target&, const Buffer& x, const Buffer& tx,
+                            const Buffer& loss, const Buffer& tloss, const Exec&);
+  void (*cross_entropy_vjp)(const Rows&, const Target&, const Buffer& x, const Buffer& g,
+                            const Buffer& gx, const Exec&);
+  // tg may be absent; gx may be x, and tgx tx.
+  void (*cross_entropy_vjp_jvp)(const Rows&, const Target&, const Buffer& x, const Buffer& g,
+                                const Buffer& tx, const Buffer& tg, const Buffer& gx,
+                                const Buffer& tgx, const Exec&);
 };
 
 }  // namespace jops

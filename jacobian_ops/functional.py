@@ -21,18 +21,22 @@ from torch.overrides import (
 
 from . import _backend
 from .autograd import activation as _activation
+from .autograd import cross_entropy as _entropy
 from .autograd import dropout as _dropout
 from .autograd import linear as _linear
+from .autograd import linear_cross_entropy as _linear_entropy
 from .autograd import norm as _norms
 from .autograd import softmax as _softmax
 from .autograd.rule import CPU_KEYS, overwritable, reverse_may_follow
 from .kernels import resolve
 from .kernels._arguments import ALLOWED_DTYPES, check_p, check_tensor, name_of, normalize_dim
+from .kernels.cross_entropy import wide
 
 _C = torch._C
 
 __all__ = [
     "celu",
+    "cross_entropy",
     "dropout",
     "dropout_add",
     "elu",
@@ -44,6 +48,7 @@ __all__ = [
     "leaky_relu",
     "linear",
     "linear_act_dropout",
+    "linear_cross_entropy",
     "log_softmax",
     "logsigmoid",
     "mish",
@@ -598,6 +603,270 @@ def _norm(op, input, normalized_shape, weight, bias, eps, centred):
             t = t.to(input.dtype)
         columns.append(t)
     return _norms.norm(input, *columns, len(shape), float(eps), centred)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of logits with classes or probabilities; see :func:`torch.nn.functional`'s.
+
+    Reads the logits once, and once more for the gradient; keeps no softmax.  In 16 bits the losses
+    are reduced in float32 and rounded once.
+
+    Args:
+        input: Logits (C), (N, C) or (N, C, d1, ...).
+        target: int64 (or uint8) classes of the shape of ``input`` without C, or probabilities like
+            ``input``, which may be differentiated too.
+        weight: Of the classes, (C), in the dtype of ``input``.  Not differentiable with classes.
+        size_average: Deprecated, see ``reduction``.
+        ignore_index: The class of rows that do not count; only for classes.
+        reduce: Deprecated, see ``reduction``.
+        reduction: "none", "sum", or "mean": over the rows that count, weighted by ``weight`` of
+            their classes; for probabilities over all rows.
+        label_smoothing: What part of the target is spread evenly over the classes.
+
+    Returns:
+        A number, or with "none" the losses of the shape of ``input`` without C.
+
+    Raises:
+        IndexError: A class outside [0, C) that is not ``ignore_index``.  On a GPU it makes NaN of
+            its row instead: nothing waits there to tell.
+        RuntimeError: Shapes or dtypes do not fit, or ``label_smoothing`` is not in [0, 1].
+        ValueError: ``reduction`` is unknown, or ``target`` has another batch size.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = F._Reduction.legacy_get_string(size_average, reduce)
+    options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    if _tiny(input) and _plain(target) and (weight is None or _tiny(weight)):
+        try:
+            return F.cross_entropy(input, target, weight, **options)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            pass
+    if has_torch_function((input, target, weight)):
+        return handle_torch_function(
+            cross_entropy, (input, target, weight), input, target, weight=weight, **options
+        )
+    op = "cross_entropy"
+    if not _ours(op, input):
+        return _native(op, F.cross_entropy, input, target, weight, **options)
+    check_tensor(op, "target", target)
+    _check_loss(op, reduction, label_smoothing)
+    input = _in_full(input)
+    if input.dim() == 0:
+        raise RuntimeError(
+            f"{op}: input has no dimensions; allowed: (C), (N, C) or (N, C, d1, ...)"
+        )
+    dim = 0 if input.dim() == 1 else 1
+    weight = None if weight is None else _in_full(weight)
+    weight = _class_weight(op, weight, input.dtype, input.shape[dim])
+    if target.shape == input.shape and target.numel() != 0 or target.is_floating_point():
+        return _of_probabilities(
+            op, input, target, weight, dim, ignore_index, reduction, label_smoothing
+        )
+    target = _classes(op, target, (*input.shape[:dim], *input.shape[dim + 1 :]))
+    losses = _entropy.cross_entropy(
+        input, target, weight, dim, ignore_index, float(label_smoothing)
+    )
+    return _reduce(losses, target, weight, ignore_index, reduction).to(input.dtype)
+
+
+def _plain(t) -> bool:
+    return type(t) in _PLAIN_TYPES and _C._dispatch_keys(t) == CPU_KEYS
+
+
+def _check_loss(op, reduction, label_smoothing):
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(
+            f"{op}: reduction is {reduction!r}; allowed: 'none', 'mean' or 'sum' "
+            f"({reduction} is not a valid value for reduction)"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(
+            f"{op}: label_smoothing is {label_smoothing}; it must be between 0.0 and 1.0"
+        )
+
+
+def _in_full(input):
+    """Autocast's cast to float32 of what it computes in that dtype on every device."""
+    device = input.device.type
+    if input.dtype in _HALVES and device != "meta" and torch.is_autocast_enabled(device):
+        return input.float()
+    return input
+
+
+def _class_weight(op, weight, dtype, count):
+    """Class weights in the dtype that losses have."""
+    if weight is None:
+        return None
+    check_tensor(op, "weight", weight)
+    if weight.shape != (count,):
+        raise RuntimeError(
+            f"{op}: weight has shape {list(weight.shape)}; it must have one number for each of the "
+            f"{count} classes"
+        )
+    if weight.dtype != dtype and not (dtype in _HALVES and weight.dtype == torch.float32):
+        raise RuntimeError(
+            f"{op}: weight has dtype {name_of(weight.dtype)}, input has {name_of(dtype)}; they "
+            "must be the same, or weight float32 where input is bfloat16 or float16"
+        )
+    return weight.to(wide(dtype))
+
+
+def _classes(op, target, shape):
+    """Classes as int64 of the shape that rows have."""
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(
+            f"{op}: target has dtype {name_of(target.dtype)}; allowed: int64 or uint8 for classes, "
+            "or probabilities of the shape of input"
+        )
+    if len(shape) == 0 and target.shape == (1,):
+        target = target.reshape(())
+    if tuple(target.shape) != tuple(shape):
+        same_batch = target.dim() and len(shape) and target.shape[0] == shape[0]
+        raise (RuntimeError if same_batch or not len(shape) else ValueError)(
+            f"{op}: target has shape {list(target.shape)}; it must be {list(shape)}, input's "
+            "without classes, or that of input for probabilities"
+        )
+    return target.long()
+
+
+def _reduce(losses, target, weight, ignore_index, reduction):
+    """Losses of classes, reduced in their own dtype."""
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    counts = target != ignore_index
+    if weight is None:
+        return total / counts.sum()
+    return total / (weight[target.clamp(0, len(weight) - 1)] * counts).sum()
+
+
+def _of_probabilities(op, input, target, weight, dim, ignore_index, reduction, smoothing):
+    if not target.is_floating_point():
+        raise RuntimeError(
+            f"{op}: target has dtype {name_of(target.dtype)} and the shape of input; allowed: a "
+            "floating dtype for probabilities, or the shape of input without classes"
+        )
+    if target.shape != input.shape:
+        raise RuntimeError(
+            f"{op}: target has dtype {name_of(target.dtype)} and shape {list(target.shape)}; "
+            f"allowed: int64 classes, or probabilities of the shape of input, {list(input.shape)}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError(
+            f"{op}: ignore_index is {ignore_index}; allowed: a negative one with probabilities, "
+            "where it is not supported"
+        )
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    logits, target = input.to(dtype), target.to(dtype)
+    if weight is not None and _may_be_differentiated(weight):  # it becomes a part of the target
+        column = weight.to(dtype).reshape([-1 if i == dim else 1 for i in range(input.dim())])
+        target = column * ((1 - smoothing) * target + smoothing / input.shape[dim])
+        weight, smoothing = None, 0.0
+    losses = _entropy.cross_entropy(logits, target, weight, dim, -100, float(smoothing))
+    if reduction != "none":
+        losses = losses.sum() if reduction == "sum" else losses.mean()
+    return losses.to(dtype)
+
+
+def _may_be_differentiated(t):
+    return (
+        t.requires_grad
+        or torch.compiler.is_compiling()
+        or _C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options=None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without all the logits.
+
+    Rows are taken in chunks: their logits are made, used and overwritten by their gradient.  So it
+    is in the forward and in every derivative but the third, and forward over forward.  The gradient
+    makes the logits anew.  Probabilities are as large as the logits would be, and taken at once.
+
+    Args:
+        input: (K) or (*, K).
+        linear_weight: (C, K).
+        target: Classes (*), or probabilities (C) or (N, C).
+        linear_bias: (C), or None.
+        weight: Of the classes, (C), in the dtype of ``input``, or None.
+        reduction: As for :func:`cross_entropy`.
+        ignore_index: The class of rows that do not count; None for -100.
+        label_smoothing: What part of the target is spread evenly over the classes.
+        options: torch's, for its own chunks; not used.
+        chunk_size: Rows of a chunk; None for as many as fit into the last cache.
+
+    Returns:
+        A number, or with "none" the losses (*).
+
+    Raises:
+        IndexError: A class outside [0, C), as for :func:`cross_entropy`.
+        RuntimeError: Shapes or dtypes do not fit, or ``label_smoothing`` is not in [0, 1].
+        ValueError: ``reduction`` is unknown, or ``chunk_size`` less than 1.
+    """
+    tensors = input, linear_weight, target, linear_bias, weight
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            linear_cross_entropy,
+            tensors,
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            chunk_size=chunk_size,
+        )
+    op = "linear_cross_entropy"
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size is {chunk_size}; it must be at least 1, or None")
+    check_tensor(op, "target", target)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if target.is_floating_point() or not _ours(op, input):
+        return cross_entropy(
+            linear(input, linear_weight, linear_bias),
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    _check_loss(op, reduction, label_smoothing)
+    _check_linear(op, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = _low_precision(input, linear_weight, linear_bias)
+    rows, bias = _fit_linear(op, input, linear_weight, linear_bias)
+    weight = _class_weight(op, weight, rows.dtype, linear_weight.shape[0])
+    target = _classes(op, target, input.shape[:-1])
+    losses = _linear_entropy.linear_cross_entropy(
+        *(rows, linear_weight, target.reshape(-1), bias, weight),
+        *(ignore_index, float(label_smoothing), chunk_size or 0),
+    ).reshape(target.shape)
+    losses = _reduce(losses, target, weight, ignore_index, reduction)
+    return losses.to(_in_full(rows[:0]).dtype)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ __all__ = [
     "ELU",
     "GELU",
     "SELU",
+    "CrossEntropyLoss",
     "Dropout",
     "DropoutAdd",
     "Hardsigmoid",
@@ -216,6 +217,21 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Apply :func:`jacobian_ops.functional.rms_norm`."""
         return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """As :class:`torch.nn.CrossEntropyLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Apply :func:`jacobian_ops.functional.cross_entropy`."""
+        return F.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
 
 
 class Dropout(torch.nn.Dropout):

@@ -265,7 +265,122 @@ NORM = [
     normalized("rms_norm", (2, 3), suffix="-plain"),
 ]
 
-CASES = POINTWISE + SOFTMAX + DROPOUT + LINEAR + NORM
+def class_dim(x):
+    return min(1, x.dim() - 1)
+
+
+def classes_of(x, classes=None):
+    """A class of each row of the logits ``x``, or of each of its rows of anything."""
+    if classes is None:
+        dim = class_dim(x)
+        shape, classes = x.shape[:dim] + x.shape[dim + 1 :], x.shape[dim]
+    else:
+        shape = x.shape[:-1]
+    return ((torch.arange(math.prod(shape), device=x.device) * 2 + 1) % classes).reshape(shape)
+
+
+def class_weights(classes, like):
+    return torch.linspace(0.5, 2, classes, dtype=like.dtype, device=like.device)
+
+
+def entropy_primitive(
+    x, target, weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"
+):
+    """cross_entropy from elementary ops, for classes or probabilities."""
+    dim, n = class_dim(x), x.shape[class_dim(x)]
+    column = [-1 if i == dim else 1 for i in range(x.dim())]
+    w = torch.ones((), dtype=x.dtype) if weight is None else weight.reshape(column)
+    counts = torch.ones((), dtype=x.dtype)
+    of_probabilities = target.is_floating_point()
+    if of_probabilities:
+        p = target
+    else:
+        counts = (target != ignore_index).to(x.dtype)
+        p = (torch.arange(n).reshape(column) == target.unsqueeze(dim)).to(x.dtype)
+        rows = ((w * p).sum(dim) * counts).sum()  # what the mean divides by
+    q = w * ((1 - label_smoothing) * p + label_smoothing / n)
+    losses = -(q * (x - x.exp().sum(dim, True).log())).sum(dim) * counts
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if of_probabilities else losses.sum() / rows
+
+
+def entropy(suffix, shape, weighted=False, probabilities=False, **options):
+    """cross_entropy of logits of this shape; probabilities are a second input."""
+
+    def rest(x, target):
+        target = target[0] if target else classes_of(x)
+        weight = class_weights(x.shape[class_dim(x)], x) if weighted else None
+        return target, weight
+
+    def run(f):
+        def call(x, *target):
+            target, weight = rest(x, target)
+            return f(x, target, weight, **options)
+
+        return call
+
+    return Case(
+        "cross_entropy" + suffix,
+        run(J.cross_entropy),
+        run(entropy_primitive),
+        run(F.cross_entropy),
+        (shape, shape)[: 1 + probabilities],
+    )
+
+
+ENTROPY = [
+    entropy("", (4, 3)),
+    entropy("-none", (4, 5), reduction="none"),
+    entropy("-vector", (5,), weighted=True, reduction="sum"),
+    entropy("-ignored", (4, 3), weighted=True, ignore_index=1),
+    entropy("-smooth", (4, 3), weighted=True, label_smoothing=0.3, ignore_index=1),
+    entropy("-maps", (2, 3, 4), label_smoothing=0.2, reduction="none"),
+    entropy("-probabilities", (3, 4), probabilities=True, reduction="none"),
+    entropy(
+        "-probabilities_maps", (2, 3, 2), weighted=True, probabilities=True, label_smoothing=0.1
+    ),
+]
+
+
+def linear_entropy(suffix, *shapes, weighted=False, **options):
+    """linear_cross_entropy in chunks of two rows."""
+
+    def rest(x, weight):
+        return classes_of(x, len(weight)), class_weights(len(weight), x) if weighted else None
+
+    def ours(x, linear_weight, bias=None):
+        target, weight = rest(x, linear_weight)
+        return J.linear_cross_entropy(
+            x, linear_weight, target, bias, weight=weight, chunk_size=2, **options
+        )
+
+    def reference(f):
+        def run(x, linear_weight, bias=None):
+            target, weight = rest(x, linear_weight)
+            z = x @ linear_weight.mT
+            return f(z if bias is None else z + bias, target, weight, **options)
+
+        return run
+
+    return Case(
+        "linear_cross_entropy" + suffix,
+        ours,
+        reference(entropy_primitive),
+        reference(F.cross_entropy),
+        shapes,
+    )
+
+
+LINEAR_ENTROPY = [
+    linear_entropy("", (5, 3), (4, 3), (4,)),
+    linear_entropy("-none", (3, 2), (4, 2), label_smoothing=0.2, reduction="none"),
+    linear_entropy("-ignored", (5, 3), (4, 3), (4,), weighted=True, ignore_index=1),
+]
+
+CASES = POINTWISE + SOFTMAX + DROPOUT + LINEAR + NORM + ENTROPY + LINEAR_ENTROPY
 
 # Below their public functions all activations are one op: what is about the op takes one of each
 # kind (without a kink, with one, with a parameter).

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from jacobian_ops.autograd import activation, dropout, linear, norm, softmax
+from jacobian_ops.autograd import (
+    activation,
+    cross_entropy,
+    dropout,
+    linear,
+    linear_cross_entropy,
+    norm,
+    softmax,
+)
 
 D = torch.float64
 
@@ -15,6 +23,10 @@ def leaf(*shape):
 SEED = torch.tensor(7)
 ACT = (None, "gelu", [], 0.0)
 MASKED = (SEED, "tanh", [], 0.4)
+CLASSES = torch.tensor([2, 0, -1])
+LOSS = (1, -1, 0.2)  # dim, ignore_index, smoothing
+CHUNKS = (-1, 0.2, 2)
+WEIGHTS = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=D)
 SAMPLES = {
     "activation": [(leaf(3, 4), *ACT), (leaf(3, 4), *MASKED), (leaf(3, 4).T, *ACT)],
     "activation_vjp": [
@@ -72,6 +84,42 @@ SAMPLES = {
         (leaf(3, 4), leaf(4), leaf(3, 4), leaf(3, 4), None, None, 1, 0.1, False),
         (leaf(3, 4), None, leaf(3, 4), None, leaf(4), leaf(3, 4), 1, 0.1, True),
     ],
+    "cross_entropy": [
+        (leaf(3, 4), CLASSES, WEIGHTS, *LOSS),
+        (leaf(4, 3), CLASSES, None, 0, -1, 0.0),
+        (leaf(3, 4), leaf(3, 4), WEIGHTS, *LOSS),
+    ],
+    "cross_entropy_jvp": [
+        (leaf(3, 4), CLASSES, WEIGHTS, leaf(3, 4), *LOSS),
+        (leaf(3, 4), leaf(3, 4), None, leaf(3, 4), *LOSS),
+    ],
+    "cross_entropy_vjp": [
+        (leaf(3, 4), CLASSES, WEIGHTS, leaf(3), *LOSS),
+        (leaf(3, 4), leaf(3, 4), None, leaf(3), *LOSS),
+    ],
+    "cross_entropy_vjp_jvp": [
+        (leaf(3, 4), CLASSES, WEIGHTS, leaf(3), leaf(3, 4), leaf(3), *LOSS),
+        (leaf(3, 4), leaf(3, 4), None, leaf(3), leaf(3, 4), None, *LOSS),
+    ],
+    "linear_cross_entropy": [(leaf(3, 2), leaf(4, 2), CLASSES, leaf(4), WEIGHTS, *CHUNKS)],
+    "linear_cross_entropy_jvp": [
+        (leaf(3, 2), leaf(4, 2), CLASSES, leaf(4), None, leaf(3, 2), leaf(4, 2), leaf(4), *CHUNKS),
+        (leaf(3, 2), leaf(4, 2), CLASSES, None, WEIGHTS, None, leaf(4, 2), None, *CHUNKS),
+    ],
+    "linear_cross_entropy_vjp": [
+        (leaf(3, 2), leaf(4, 2), CLASSES, leaf(4), None, leaf(3), [True] * 3, *CHUNKS),
+        (leaf(3, 2), leaf(4, 2), CLASSES, None, WEIGHTS, leaf(3), [True, False, False], *CHUNKS),
+    ],
+    "linear_cross_entropy_vjp_jvp": [
+        (
+            *(leaf(3, 2), leaf(4, 2), CLASSES, leaf(4), WEIGHTS, leaf(3)),
+            *(leaf(3, 2), leaf(4, 2), leaf(4), leaf(3), [True] * 3, *CHUNKS),
+        ),
+        (
+            *(leaf(3, 2), leaf(4, 2), CLASSES, None, None, leaf(3)),
+            *(leaf(3, 2), None, None, None, [True, True, False], *CHUNKS),
+        ),
+    ],
     "linear": [(leaf(3, 4), leaf(5, 4), leaf(5)), (leaf(2, 3, 4), leaf(2, 5, 4), None)],
     "linear_vjp": [
         (leaf(3, 5), leaf(3, 4), leaf(5, 4), True),
@@ -118,7 +166,7 @@ ORDERS = {
     "activation_vjp_vjp": lambda args: args[-1] + 1,
     "activation_vjp_jvp": lambda args: args[-1] + (args[2] is not None),
 }
-MODULES = (activation, softmax, dropout, linear, norm)
+MODULES = (activation, softmax, dropout, linear, norm, cross_entropy, linear_cross_entropy)
 CALLS = {
     n: getattr(m, n) for m in MODULES for n in SAMPLES if hasattr(getattr(m, n, None), "Function")
 }

@@ -41,6 +41,11 @@ ARGUMENTS = {
         dict(normalized_shape=64, elementwise_affine=False),
     ],
     "RMSNorm": [dict(normalized_shape=64), dict(normalized_shape=(64,), eps=0.1)],
+    "CrossEntropyLoss": [
+        {},
+        dict(ignore_index=3, label_smoothing=0.1),
+        dict(reduction="none", weight=torch.linspace(0.5, 2, 64)),
+    ],
     "Dropout": [{}, dict(p=0.0), dict(p=0.2), dict(p=1.0)],
 }
 OWN = {
@@ -87,9 +92,10 @@ def pair(name, kwargs):
 
 def call(module, *args):
     """The result, and the gradients of inputs and parameters for a fixed cotangent."""
-    args = [a.clone().requires_grad_() for a in args]
+    args = [a.clone().requires_grad_(a.is_floating_point()) for a in args]
     y = module(*args)
-    return y, torch.autograd.grad(y, [*args, *module.parameters()], cotangent(y))
+    leaves = [a for a in (*args, *module.parameters()) if a.requires_grad]
+    return y, torch.autograd.grad(y, leaves, cotangent(y))
 
 
 def cotangent(y):
@@ -103,6 +109,8 @@ def x_of(dtype=torch.float32):
 
 def extra(name):
     """Further arguments of forward."""
+    if name == "CrossEntropyLoss":
+        return (torch.arange(80) % 64,)
     return (x_of(),) if name == "DropoutAdd" else ()
 
 
@@ -135,17 +143,17 @@ def test_repr_and_state(name, kwargs):
 @each_but_dropout
 def test_results_and_gradients(name, kwargs, training):
     native, ours = (m.train(training) for m in pair(name, kwargs))
-    x = x_of()
-    torch.testing.assert_close(call(ours, x), call(native, x))
+    args = x_of(), *extra(name)
+    torch.testing.assert_close(call(ours, *args), call(native, *args))
 
 
 @each_but_dropout
 def test_bfloat16(name, kwargs):
     """Beside float64, from which the native module is often the farther one."""
     native, ours = (m.bfloat16() for m in pair(name, kwargs))
-    x = x_of(torch.bfloat16)
-    (y, grads), (y_native, grads_native) = call(ours, x), call(native, x)
-    want, want_grads = call(native.double(), x.double())
+    x, more = x_of(torch.bfloat16), extra(name)
+    (y, grads), (y_native, grads_native) = call(ours, x, *more), call(native, x, *more)
+    want, want_grads = call(native.double(), x.double(), *more)
     for got, other, exact in zip(
         (y, *grads), (y_native, *grads_native), (want, *want_grads), strict=True
     ):
@@ -275,10 +283,15 @@ def test_meta(name, kwargs):
     parametric = {"in_features", "normalized_shape"} & kwargs.keys()
     factory = dict(device="meta") if parametric else {}
     module = getattr(jnn, name)(**kwargs, **factory)
+    if kwargs.get("weight") is not None:
+        module = module.to("meta")
     assert all(p.is_meta for p in module.parameters())
     args = [a.to("meta") for a in (x_of(), *extra(name))]
     y = module(*args)
-    assert y.is_meta and y.shape == ((80, 5) if "in_features" in kwargs else (80, 64))
+    shape = (80, 5) if "in_features" in kwargs else (80, 64)
+    if name == "CrossEntropyLoss":
+        shape = (80,) if kwargs.get("reduction") == "none" else ()
+    assert y.is_meta and y.shape == shape
     real = module.to_empty(device=torch.get_default_device())
     assert real(x_of(), *extra(name)).shape == y.shape
 

@@ -53,6 +53,7 @@ inline Act stored(Act act, Dtype dtype) {
 namespace jops::JOPS_BASE {
 
 void register_activation(Kernels& table);
+void register_cross_entropy(Kernels& table);
 void register_dropout(Kernels& table);
 void register_norm(Kernels& table);
 void register_softmax(Kernels& table);

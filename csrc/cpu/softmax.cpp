@@ -8,7 +8,7 @@
 // same order whatever the strip, so bits depend on neither path nor thread. The formulas are in
 // math/softmax.h.
 #include "../softmax_table.h"
-#include "blocks.h"
+#include "vectors.h"
 
 namespace jops::JOPS_ISA {
 namespace {
@@ -32,20 +32,10 @@ struct Call {
     for (std::int64_t i = 0; i < n; ++i) m[i] = 1;
   }
   // Elements from `at` on before the results' first whole vector in memory.
-  std::int64_t head(std::int64_t at) const {
-    constexpr std::uintptr_t kVector = Vec<Compute<T>>::kLanes * sizeof(T);
-    if (!streams) return 0;
-    return static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(out[0] + at) % kVector /
-                                     sizeof(T));
-  }
+  std::int64_t head(std::int64_t at) const { return streams ? before_vector(out[0] + at) : 0; }
   // The first `lanes` of y to out[k][at], past the caches where that is wanted.
   JOPS_HD void write(int k, std::int64_t at, Vec<Compute<T>> y, int lanes) const {
-    if (lanes != Vec<Compute<T>>::kLanes)
-      store_n(out[k] + at, y, lanes);
-    else if (streams)
-      stream(out[k] + at, y);
-    else
-      store(out[k] + at, y);
+    jops::JOPS_ISA::write(out[k] + at, y, lanes, streams);
   }
 };
 
@@ -69,16 +59,6 @@ struct Inputs {
   // e^d; d <= 0 for logits.
   static JOPS_HD V exponential(V d) { return exp<Op::kLogits>(d); }
 };
-
-// f(i, count) for the vectors of n elements after the first `head`; count is a constant in the
-// body.
-template <int kLanes, class F>
-JOPS_HD void for_vectors(std::int64_t n, std::int64_t head, const F& f) {
-  std::int64_t i = head < n ? head : n;
-  if (i > 0) f(0, static_cast<int>(i));
-  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
-  if (i < n) f(i, static_cast<int>(n - i));
-}
 
 template <class Op, class T, bool kMasked>
 void contiguous_row(const Call<T>& call, std::int64_t row) {

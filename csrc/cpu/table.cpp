@@ -5,6 +5,7 @@ namespace jops::JOPS_ISA {
 Kernels table() {
   Kernels kernels;
   register_activation(kernels);
+  register_cross_entropy(kernels);
   register_dropout(kernels);
   register_norm(kernels);
   register_softmax(kernels);

@@ -7,6 +7,7 @@ namespace jops::JOPS_ISA {
 
 void register_activation(Kernels& table);
 void register_columns(Kernels& table);
+void register_cross_entropy(Kernels& table);
 void register_dropout(Kernels& table);
 void register_linear(Kernels& table);
 void register_log_softmax(Kernels& table);

@@ -9,6 +9,7 @@ const Kernels& kernels() {
     Kernels all{};
     JOPS_ISA::register_activation(all);
     JOPS_ISA::register_columns(all);
+    JOPS_ISA::register_cross_entropy(all);
     JOPS_ISA::register_dropout(all);
     JOPS_ISA::register_linear(all);
     JOPS_ISA::register_log_softmax(all);

@@ -17,6 +17,12 @@ from .activation import (
     activation_vjp_vjp,
     resolve,
 )
+from .cross_entropy import (
+    cross_entropy,
+    cross_entropy_jvp,
+    cross_entropy_vjp,
+    cross_entropy_vjp_jvp,
+)
 from .dropout import dropout, dropout_add, dropout_jvp, dropout_vjp
 from .linear import (
     column_sum,
@@ -26,6 +32,12 @@ from .linear import (
     linear_act_dropout_vjp,
     linear_jvp,
     linear_vjp,
+)
+from .linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_jvp,
+    linear_cross_entropy_vjp,
+    linear_cross_entropy_vjp_jvp,
 )
 from .norm import norm, norm_jvp, norm_vjp, norm_vjp_jvp
 from .softmax import (
@@ -56,6 +68,10 @@ __all__ = [
     "activation_vjp_sum",
     "activation_vjp_vjp",
     "column_sum",
+    "cross_entropy",
+    "cross_entropy_jvp",
+    "cross_entropy_vjp",
+    "cross_entropy_vjp_jvp",
     "dropout",
     "dropout_add",
     "dropout_jvp",
@@ -64,6 +80,10 @@ __all__ = [
     "linear_act_dropout",
     "linear_act_dropout_jvp",
     "linear_act_dropout_vjp",
+    "linear_cross_entropy",
+    "linear_cross_entropy_jvp",
+    "linear_cross_entropy_vjp",
+    "linear_cross_entropy_vjp_jvp",
     "linear_jvp",
     "linear_vjp",
     "log_softmax",

@@ -166,7 +166,7 @@ def torch_is_faster_for_vjp(
 
 
 @contextlib.contextmanager
-def _as_they_are():
+def as_they_are():
     """Neither recorded by autograd nor cast by autocast."""
     C = torch._C
     with C._AutoDispatchBelowAutograd(), C._ExcludeDispatchKeyGuard(_backend.AUTOCAST_KEYS):
@@ -175,7 +175,7 @@ def _as_they_are():
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Torch's ``a b``, unseen by autograd."""
-    with _as_they_are():
+    with as_they_are():
         return torch.matmul(a, b)
 
 
@@ -183,13 +183,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Torch's ``x W^T + b``, unseen by autograd: in 16 bits the bias joins before the rounding."""
     if x.dim() > 2:
         return _affine(x, weight, None if bias is None else bias.unsqueeze(-2))
-    with _as_they_are():
+    with as_they_are():
         return F.linear(x, weight, bias)
 
 
 def _affine(x: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
     """Torch's ``x W^T + offset``; the offset broadcasts along rows."""
-    with _as_they_are():
+    with as_they_are():
         if offset is None:
             return torch.matmul(x, weight.mT)
         if x.dim() == 2:
