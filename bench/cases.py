@@ -258,6 +258,25 @@ def linear_cross_entropy(m: int, k: int, n: int, quick: bool = False) -> Case:
     )
 
 
+def channel_norm(name: str, shape, quick: bool = False) -> Case:
+    """batch_norm in training, or group_norm of eight channels a group, with parameters."""
+    ours, native, channels = getattr(J, name), getattr(F, name), shape[1]
+
+    def call(f):
+        if name == "group_norm":
+            return lambda x, w, b: f(x, channels // 8, w, b)
+        return lambda x, w, b: f(x, None, None, w, b, training=True)
+
+    return Case(
+        name,
+        _label(*shape),
+        (shape, (channels,), (channels,)),
+        {"jacobian_ops": call(ours), "eager": call(native)},
+        _pointwise_traffic(shape),
+        quick=quick,
+    )
+
+
 def softmax_dropout(shape) -> Case:
     """Softmax and dropout of its result."""
     return Case(
@@ -365,6 +384,9 @@ CASES = (
     cross_entropy((2048, 32000)),
     cross_entropy((64, 1000), quick=True),
     linear_cross_entropy(1024, 512, 32000),
+    channel_norm("batch_norm", (64, 128, 56, 56)),
+    channel_norm("batch_norm", (16, 64, 14, 14), quick=True),
+    channel_norm("group_norm", (16, 128, 56, 56)),
     dropout((4096, 4096)),
     dropout((256, 1024), quick=True),
     dropout_add((4096, 1024)),
@@ -390,8 +412,16 @@ def _layer_norm(x, weight, bias):
     return c * (c.square().mean(-1, True) + 1e-5).rsqrt() * weight + bias
 
 
+def _batch_norm(x, weight, bias):
+    axes, channel = (0, *range(2, x.dim())), (-1, *(1 for _ in x.shape[2:]))
+    c = x - x.mean(axes, True)
+    y = c * (c.square().mean(axes, True) + 1e-5).rsqrt()
+    return y * weight.view(channel) + bias.view(channel)
+
+
 # Written out where the backward of the native op has no forward mode, or a wrong one.
 _WRITTEN_OUT = {
+    "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,
     "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
     "hardswish": lambda x: x * ((x + 3).clamp(0, 6) / 6),

@@ -114,6 +114,16 @@ struct type_caster<jops::Target> {
   }
 };
 
+// (outer, channels, inner, groups, eps, fixed)
+template <>
+struct type_caster<jops::Groups> {
+  PYBIND11_TYPE_CASTER(jops::Groups, const_name("Groups"));
+  bool load(handle source, bool) {
+    return jops::read(source, value.outer, value.channels, value.inner, value.groups, value.eps,
+                      value.fixed);
+  }
+};
+
 // the number of threads, or (stream, address of the workspace, its bytes)
 template <>
 struct type_caster<jops::Exec> {
@@ -167,6 +177,10 @@ PYBIND11_MODULE(JOPS_MODULE, m, py::mod_gil_not_used()) {
   def("cross_entropy_jvp", k.cross_entropy_jvp);
   def("cross_entropy_vjp", k.cross_entropy_vjp);
   def("cross_entropy_vjp_jvp", k.cross_entropy_vjp_jvp);
+  def("group_norm", k.group_norm);
+  def("group_norm_jvp", k.group_norm_jvp);
+  def("group_norm_vjp", k.group_norm_vjp);
+  def("group_norm_vjp_jvp", k.group_norm_vjp_jvp);
   def("linear", k.linear);
   def("linear_act_dropout", k.linear_act_dropout);
   def("linear_act_dropout_jvp", k.linear_act_dropout_jvp);
@@ -175,6 +189,7 @@ PYBIND11_MODULE(JOPS_MODULE, m, py::mod_gil_not_used()) {
   def("column_sum", k.column_sum);
 
   m.def("sum_workspace", k.sum_workspace);
+  m.def("group_norm_workspace", k.group_norm_workspace);
 
   m.attr("version") = JOPS_VERSION;
   jops::add_facts(m);

@@ -181,13 +181,53 @@ class Check {
     if (r.scale != 1) fail("rows", "scale 1", std::to_string(r.scale));
   }
 
+  void groups(const Groups& g) const {
+    std::int64_t product = 0;
+    if (g.outer < 0 || g.channels < 0 || g.inner < 0 ||
+        __builtin_mul_overflow(g.outer, g.channels, &product) ||
+        __builtin_mul_overflow(product, g.inner, &product) || product != first_.size) {
+      fail("groups", "extents whose product is " + std::to_string(first_.size),
+           std::to_string(g.outer) + " x " + std::to_string(g.channels) + " x " +
+               std::to_string(g.inner));
+    }
+    if (g.groups < 0 || (g.groups > 0 && g.channels % g.groups != 0)) {
+      fail("groups", "a number that divides the channels, or 0", std::to_string(g.groups));
+    }
+    if (!(g.eps >= 0)) fail("groups", "eps of at least 0", std::to_string(g.eps));
+    if (g.fixed && g.groups != 0) fail("groups", "0 with given statistics", "others");
+  }
+
+  void of_channel(const char* name, const Buffer& b, const Groups& g) const {
+    of_column(name, b, {1, g.channels, 1});
+  }
+
+  // Mean and variance of each channel, in the type that the others are computed in.
+  void statistics(const Buffer& b, const Groups& g) const {
+    if (g.fixed && !b.given()) fail("stats", "those that are fixed", "none");
+    if (!b.given()) return;
+    buffer("stats", b);
+    if (g.groups != 0) fail("stats", "none for groups of channels", "some");
+    const Dtype wide = first_.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+    if (b.dtype != wide) fail("stats", dtype_name(wide), dtype_name(b.dtype));
+    extent("stats", "elements", b.size, 2 * g.channels);
+  }
+
+  // Sums over the elements of each channel.
+  void channel_sums(const Buffer& b, std::int64_t kinds, const Groups& g) const {
+    buffer("sums", b);
+    same_dtype("sums", b.dtype);
+    extent("sums", "elements", b.size, kinds * g.channels);
+  }
+
   // Sums over n of (outer, n, inner) elements, and the memory that they take on the way.
   void sums(const char* name, const Buffer& b, const Rows& r) const {
     buffer(name, b);
     same_dtype(name, b.dtype);
     extent(name, "elements", b.size, r.outer * r.inner);
-    const std::int64_t bytes = run.sum_workspace(r);
-    if (b.size > 0 && exec_.workspace_bytes < bytes) {
+    if (b.size > 0) workspace(run.sum_workspace(r));
+  }
+  void workspace(std::int64_t bytes) const {
+    if (exec_.workspace_bytes < bytes) {
       fail("workspace", "at least " + std::to_string(bytes) + " bytes",
            std::to_string(exec_.workspace_bytes));
     }
@@ -662,6 +702,62 @@ void cross_entropy_vjp_jvp(const Rows& rows, const Target& target, const Buffer&
   run.cross_entropy_vjp_jvp(rows, target, x, g, tx, tg, gx, tgx, exec);
 }
 
+// What the four group norms share; true if there is nothing to do.
+bool grouped(Check& check, const Groups& groups, std::initializer_list<Named> buffers,
+             std::initializer_list<Named> of_channel, const Buffer& stats) {
+  const bool empty = elementwise(check, buffers);
+  check.groups(groups);
+  for (const Named& b : of_channel) check.of_channel(b.name, b.buffer, groups);
+  check.statistics(stats, groups);
+  if (!empty) check.workspace(run.group_norm_workspace(groups));
+  return empty;
+}
+
+void group_norm(const Groups& groups, const Buffer& x, const Buffer& weight, const Buffer& bias,
+                const Buffer& stats, const Buffer& y, const Exec& exec) {
+  Check check("group_norm", exec);
+  if (grouped(check, groups, {{"x", x}, {"y", y}}, {{"weight", weight}, {"bias", bias}}, stats)) {
+    return;
+  }
+  run.group_norm(groups, x, weight, bias, stats, y, exec);
+}
+
+void group_norm_jvp(const Groups& groups, const Buffer& x, const Buffer& weight, const Buffer& bias,
+                    const Buffer& tx, const Buffer& tweight, const Buffer& tbias,
+                    const Buffer& stats, const Buffer& y, const Buffer& ty, const Exec& exec) {
+  Check check("group_norm_jvp", exec);
+  const bool empty =
+      grouped(check, groups, {{"x", x}, {"y", y}, {"ty", ty}},
+              {{"weight", weight}, {"bias", bias}, {"tweight", tweight}, {"tbias", tbias}}, stats);
+  check.optional("tx", tx);
+  if (empty) return;
+  run.group_norm_jvp(groups, x, weight, bias, tx, tweight, tbias, stats, y, ty, exec);
+}
+
+void group_norm_vjp(const Groups& groups, const Buffer& x, const Buffer& weight, const Buffer& gy,
+                    const Buffer& stats, const Buffer& gx, const Buffer& sums, const Exec& exec) {
+  Check check("group_norm_vjp", exec);
+  const bool empty =
+      grouped(check, groups, {{"x", x}, {"gy", gy}, {"gx", gx}}, {{"weight", weight}}, stats);
+  check.channel_sums(sums, 2, groups);
+  if (empty) return;
+  run.group_norm_vjp(groups, x, weight, gy, stats, gx, sums, exec);
+}
+
+void group_norm_vjp_jvp(const Groups& groups, const Buffer& x, const Buffer& weight,
+                        const Buffer& gy, const Buffer& tx, const Buffer& tweight,
+                        const Buffer& tgy, const Buffer& stats, const Buffer& gx, const Buffer& tgx,
+                        const Buffer& sums, const Exec& exec) {
+  Check check("group_norm_vjp_jvp", exec);
+  const bool empty = grouped(check, groups, {{"x", x}, {"gy", gy}, {"gx", gx}, {"tgx", tgx}},
+                             {{"weight", weight}, {"tweight", tweight}}, stats);
+  check.optional("tx", tx);
+  check.optional("tgy", tgy);
+  check.channel_sums(sums, 4, groups);
+  if (empty) return;
+  run.group_norm_vjp_jvp(groups, x, weight, gy, tx, tweight, tgy, stats, gx, tgx, sums, exec);
+}
+
 double fma_peak(Dtype dtype, const Exec& exec) {
   Check("fma_peak", exec).dtype("dtype", dtype);
   return run.fma_peak(dtype, exec);
@@ -703,6 +799,11 @@ Kernels checked(const Kernels& unchecked) {
           norm_jvp,
           norm_vjp,
           norm_vjp_jvp,
+          group_norm,
+          group_norm_jvp,
+          group_norm_vjp,
+          group_norm_vjp_jvp,
+          unchecked.group_norm_workspace,
           linear,
           linear_act_dropout,
           linear_act_dropout_jvp,

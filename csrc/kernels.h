@@ -95,6 +95,15 @@ struct Target {
   double smoothing = 0;
 };
 
+// A contiguous (outer, channels, inner) buffer in groups that are normalized each by itself:
+// `groups` of adjacent channels in each sample (group_norm), or with 0 a channel of all samples
+// (batch_norm).
+struct Groups {
+  std::int64_t outer = 0, channels = 0, inner = 0, groups = 0;
+  double eps = 0;
+  bool fixed = false;  // by statistics that are given
+};
+
 // How to run: the number of threads of the CPU; on a device its stream and, for sums over rows,
 // memory of at least sum_workspace() bytes to put partial sums into.
 struct Exec {
@@ -168,6 +177,25 @@ struct Kernels {
   void (*norm_vjp_jvp)(const Norm&, const Rows&, const Buffer& x, const Buffer& weight,
                        const Buffer& gy, const Buffer& tx, const Buffer& tweight, const Buffer& tgy,
                        const Buffer& gx, const Buffer& tgx, const Buffer& sums, const Exec&);
+
+  // weight, bias and their tangents belong to channels; any of them may be absent, and tx or tgy.
+  // sums: (2, channels) the gradients of weight and bias; (4, channels) also their tangents. stats,
+  // of batch_norm only and of the type that its numbers are computed in: (2, channels) mean and
+  // variance, which are given where they are fixed; else group_norm puts them there, the variance
+  // unbiased, unless stats is absent.
+  void (*group_norm)(const Groups&, const Buffer& x, const Buffer& weight, const Buffer& bias,
+                     const Buffer& stats, const Buffer& y, const Exec&);
+  void (*group_norm_jvp)(const Groups&, const Buffer& x, const Buffer& weight, const Buffer& bias,
+                         const Buffer& tx, const Buffer& tweight, const Buffer& tbias,
+                         const Buffer& stats, const Buffer& y, const Buffer& ty, const Exec&);
+  void (*group_norm_vjp)(const Groups&, const Buffer& x, const Buffer& weight, const Buffer& gy,
+                         const Buffer& stats, const Buffer& gx, const Buffer& sums, const Exec&);
+  void (*group_norm_vjp_jvp)(const Groups&, const Buffer& x, const Buffer& weight, const Buffer& gy,
+                             const Buffer& tx, const Buffer& tweight, const Buffer& tgy,
+                             const Buffer& stats, const Buffer& gx, const Buffer& tgx,
+                             const Buffer& sums, const Exec&);
+  // Bytes of workspace that the four need on a device.
+  std::int64_t (*group_norm_workspace)(const Groups&);
 
   void (*linear)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
                  const Exec&);

@@ -60,7 +60,7 @@ def usable(op: str, argument: str, t: Tensor) -> bool:
 _usable: dict[torch.device, bool] = {}
 
 
-def run(op: str, argument: str, t: Tensor, kernel: str, *args, sums=None) -> None:
+def run(op: str, argument: str, t: Tensor, kernel: str, *args, sums=None, groups=None) -> None:
     """Run ``kernel`` where ``t``, the op's ``argument``, is.
 
     Args:
@@ -70,6 +70,7 @@ def run(op: str, argument: str, t: Tensor, kernel: str, *args, sums=None) -> Non
         kernel: A name of ``csrc/bindings.cpp``.
         args: Its arguments but the last one, which says how to run.
         sums: (outer, n, inner, scale) of a sum over n, for which a device needs memory.
+        groups: The same of a norm of groups: its first argument.
     """
     backend = of(op, argument, t)
     if backend.kind == "cpu":
@@ -78,6 +79,8 @@ def run(op: str, argument: str, t: Tensor, kernel: str, *args, sums=None) -> Non
     workspace = None
     if sums is not None:
         workspace = t.new_empty(backend.sum_workspace(sums), dtype=torch.uint8)
+    elif groups is not None:
+        workspace = t.new_empty(backend.group_norm_workspace(groups), dtype=torch.uint8)
     where = (workspace.data_ptr(), workspace.numel()) if workspace is not None else (0, 0)
     with _current(t):
         stream = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0

@@ -7,6 +7,7 @@ or wider; bfloat16 and float16 results are rounded once.
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -23,6 +24,7 @@ from . import _backend
 from .autograd import activation as _activation
 from .autograd import cross_entropy as _entropy
 from .autograd import dropout as _dropout
+from .autograd import group_norm as _groups
 from .autograd import linear as _linear
 from .autograd import linear_cross_entropy as _linear_entropy
 from .autograd import norm as _norms
@@ -35,15 +37,18 @@ from .kernels.cross_entropy import wide
 _C = torch._C
 
 __all__ = [
+    "batch_norm",
     "celu",
     "cross_entropy",
     "dropout",
     "dropout_add",
     "elu",
     "gelu",
+    "group_norm",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "instance_norm",
     "layer_norm",
     "leaky_relu",
     "linear",
@@ -585,23 +590,10 @@ def _norm(op, input, normalized_shape, weight, bias, eps, centred):
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}; it must be at least 0")
     input = _full_precision(input)
-    columns = []
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            check_tensor(op, name, t)
-            if tuple(t.shape) != shape:
-                raise RuntimeError(
-                    f"{op}: {name} has shape {list(t.shape)}; it must be normalized_shape, "
-                    f"{list(shape)}"
-                )
-            wider = t.dtype is torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
-            if centred and t.dtype is not input.dtype and not wider:
-                raise RuntimeError(
-                    f"{op}: {name} has dtype {name_of(t.dtype)}; allowed: that of input, "
-                    f"{name_of(input.dtype)}, or float32 where input is bfloat16 or float16"
-                )
-            t = t.to(input.dtype)
-        columns.append(t)
+    columns = [
+        _parameter(op, input, name, t, shape, "normalized_shape", strict=centred)
+        for name, t in (("weight", weight), ("bias", bias))
+    ]
     return _norms.norm(input, *columns, len(shape), float(eps), centred)
 
 
@@ -867,6 +859,260 @@ def linear_cross_entropy(
     ).reshape(target.shape)
     losses = _reduce(losses, target, weight, ignore_index, reduction)
     return losses.to(_in_full(rows[:0]).dtype)
+
+
+def _parameter(op, input, name, t, shape, what, strict=True):
+    """A weight or bias of ``shape``, which is called ``what``, in the dtype of ``input``."""
+    if t is None:
+        return None
+    check_tensor(op, name, t)
+    if tuple(t.shape) != shape:
+        raise RuntimeError(
+            f"{op}: {name} has shape {list(t.shape)}; it must be {what}, {list(shape)}"
+        )
+    _check_parameter_dtype(op, input, name, t, strict)
+    return t.to(input.dtype)
+
+
+def _check_parameter_dtype(op, input, name, t, strict=True):
+    wider = t.dtype is torch.float32 and input.dtype in _HALVES
+    if strict and t.dtype is not input.dtype and not wider:
+        raise RuntimeError(
+            f"{op}: {name} has dtype {name_of(t.dtype)}; allowed: that of input, "
+            f"{name_of(input.dtype)}, or float32 where input is bfloat16 or float16"
+        )
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``weight * (x - mean) / sqrt(var + eps) + bias`` over groups of channels of each sample.
+
+    Wu and He, arXiv:1803.08494.
+
+    Args:
+        input: (N, C) or (N, C, *).
+        num_groups: A divisor of C.
+        weight: (C,), or None for ones; dtypes as for :func:`layer_norm`.
+        bias: (C,), or None for zeros.
+        eps: Added to the variance, which is the population's.
+
+    Returns:
+        Contiguous tensor of the shape of ``input``, which is kept for the derivative, with
+        ``weight`` and no statistics.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit.
+        ValueError: A single value in all groups of a number, or ``eps`` is negative.
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(
+            group_norm, (input, weight, bias), input, num_groups, weight=weight, bias=bias, eps=eps
+        )
+    if not _ours("group_norm", input):
+        return _native("group_norm", F.group_norm, input, num_groups, weight, bias, eps)
+    _check_channels("group_norm", input)
+    n, c, *rest = input.shape
+    if not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"group_norm: num_groups must be int, not {type(num_groups).__name__}")
+    if num_groups <= 0:
+        raise RuntimeError(
+            f"group_norm: Expected num groups to be greater than 0, got num_groups={num_groups}"
+        )
+    if c % num_groups:
+        raise RuntimeError(
+            "group_norm: Expected number of channels in input to be divisible by num_groups, but "
+            f"got input of shape {list(input.shape)} and num_groups={num_groups}"
+        )
+    _check_values("group_norm", (n * c // num_groups, num_groups, *rest))
+    _check_eps("group_norm", eps)
+    input = _full_precision(input)
+    weight, bias = _of_channels("group_norm", input, weight, bias)
+    return _groups.group_norm(input, weight, bias, None, num_groups, float(eps))
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``weight * (x - mean) / sqrt(var + eps) + bias`` over all values of a channel.
+
+    Right at every order of differentiation, where the native op takes mean and variance for
+    constants, see :func:`layer_norm`.  Ioffe and Szegedy, arXiv:1502.03167.
+
+    Args:
+        input: (N, C) or (N, C, *).
+        running_mean: (C,), used unless in training, else moved towards the batch's, or None; no
+            derivative; dtypes as for ``weight``.
+        running_var: The same of the variance, which is the unbiased one here.
+        weight: (C,), or None for ones; dtypes as for :func:`layer_norm`.
+        bias: (C,), or None for zeros.
+        training: Whether mean and variance are those of the batch.
+        momentum: How far running statistics move, from 0 to 1.
+        eps: Added to the variance, which is the population's in training.
+
+    Returns:
+        Contiguous tensor of the shape of ``input``, which is kept for the derivative, with
+        ``weight`` and no statistics of the batch.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit, running statistics require grad, or are needed
+            and absent.
+        ValueError: A single value a channel in training, one of the running statistics without the
+            other, or an ``eps`` that is negative, or 0 in training.
+    """
+    tensors = input, running_mean, running_var, weight, bias
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            batch_norm,
+            tensors,
+            input,
+            running_mean,
+            running_var,
+            weight=weight,
+            bias=bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+        )
+    if not _ours("batch_norm", input):
+        rest = running_mean, running_var, weight, bias, training, momentum, eps
+        return _native("batch_norm", F.batch_norm, input, *rest)
+    _check_channels("batch_norm", input)
+    if training:
+        _check_values("batch_norm", tuple(input.shape))
+    _check_eps("batch_norm", eps, training)
+    weight, bias = _of_channels("batch_norm", input, weight, bias)
+    running = _running("batch_norm", input, running_mean, running_var, training)
+    if not training:
+        wide = torch.float64 if input.dtype is torch.float64 else torch.float32
+        stats = torch.stack([t.to(wide) for t in running])
+        return _groups.group_norm(input, weight, bias, stats, 0, float(eps))
+    if running is None or input.numel() == 0:
+        return _groups.group_norm(input, weight, bias, None, 0, float(eps))
+    y, stats = _groups.batch_norm(input, weight, bias, float(eps))
+    _groups.update(stats, *running, float(momentum))
+    return y
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`group_norm` of every channel by itself.
+
+    Arguments, result and errors are those of :func:`batch_norm`, with ``use_input_stats`` for
+    ``training``; running statistics move towards the mean of all samples'.  Ulyanov et al.,
+    arXiv:1607.08022.
+    """
+    tensors = input, running_mean, running_var, weight, bias
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            instance_norm,
+            tensors,
+            input,
+            running_mean=running_mean,
+            running_var=running_var,
+            weight=weight,
+            bias=bias,
+            use_input_stats=use_input_stats,
+            momentum=momentum,
+            eps=eps,
+        )
+    if not _ours("instance_norm", input):
+        rest = running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        return _native("instance_norm", F.instance_norm, input, *rest)
+    _check_channels("instance_norm", input)
+    n, c, *rest = input.shape
+    if use_input_stats and math.prod(rest) == 1:
+        raise ValueError(
+            "instance_norm: Expected more than 1 spatial element when training, got input size "
+            f"{list(input.shape)}"
+        )
+    _check_eps("instance_norm", eps)
+    weight, bias = _of_channels("instance_norm", input, weight, bias)
+    running = _running("instance_norm", input, running_mean, running_var, use_input_stats)
+    if not use_input_stats:
+        return batch_norm(input, *running, weight, bias, False, momentum, eps)
+    if running is None or input.numel() == 0:
+        return _groups.group_norm(input, weight, bias, None, c, float(eps))
+    side_by_side = input.reshape(1, n * c, *rest)
+    weight, bias = (None if t is None else t.repeat(n) for t in (weight, bias))
+    y, stats = _groups.batch_norm(side_by_side, weight, bias, float(eps))
+    _groups.update(stats.unflatten(1, (n, c)).mean(1), *running, float(momentum))
+    return y.reshape(input.shape)
+
+
+def _check_channels(op, input):
+    if input.dim() < 2:
+        raise RuntimeError(
+            f"{op}: Expected at least 2 dimensions for input tensor but received {input.dim()}; "
+            "allowed: (N, C) or (N, C, *)"
+        )
+
+
+def _check_values(op, size):
+    """A single value is its own mean, and everything would be 0."""
+    if math.prod((size[0], *size[2:])) == 1:
+        raise ValueError(
+            f"{op}: Expected more than 1 value per channel when training, got input size "
+            f"{list(size)}"
+        )
+
+
+def _check_eps(op, eps, training=False):
+    if not (eps > 0 if training else eps >= 0):
+        allowed = "positive during training" if training else "non-negative"
+        raise ValueError(f"{op}: eps must be {allowed}, but got {eps}")
+
+
+def _of_channels(op, input, weight, bias):
+    """Weight and bias, checked, in the dtype of ``input``."""
+    shape = (input.shape[1],)
+    return (
+        _parameter(op, input, name, t, shape, "a number for each channel")
+        for name, t in (("weight", weight), ("bias", bias))
+    )
+
+
+def _running(op, input, mean, var, training):
+    """Running statistics, checked; None where there are none."""
+    for name, t in (("running_mean", mean), ("running_var", var)):
+        if t is None:
+            if training:
+                continue
+            raise RuntimeError(f"{op}: {name} must be defined in evaluation mode")
+        check_tensor(op, name, t)
+        if t.shape != input.shape[1:2]:
+            raise RuntimeError(
+                f"{op}: {name} should contain {input.shape[1]} elements not {list(t.shape)}"
+            )
+        _check_parameter_dtype(op, input, name, t)
+        if t.requires_grad:
+            raise RuntimeError(
+                f"{op}: {name} requires grad, but the op is not differentiable with respect to it"
+            )
+    if (mean is None) != (var is None):
+        raise ValueError(
+            f"{op}: running_mean and running_var must either both be None or neither be None"
+        )
+    return None if mean is None else (mean, var)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

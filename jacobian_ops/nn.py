@@ -13,9 +13,13 @@ from .kernels import resolve
 from .kernels._arguments import check_p
 
 __all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "CELU",
     "ELU",
     "GELU",
+    "GroupNorm",
     "SELU",
     "CrossEntropyLoss",
     "Dropout",
@@ -211,6 +215,43 @@ class LayerNorm(torch.nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+class GroupNorm(torch.nn.GroupNorm):
+    """As :class:`torch.nn.GroupNorm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`jacobian_ops.functional.group_norm`."""
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class _BatchNorm:
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`jacobian_ops.functional.batch_norm`."""
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        tracks = self.training and self.track_running_stats
+        if tracks and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the mean of all batches
+                momentum = 1.0 / float(self.num_batches_tracked)
+        running = self.running_mean, self.running_var
+        if self.training and not self.track_running_stats:
+            running = None, None
+        training = self.training or running == (None, None)
+        return F.batch_norm(input, *running, self.weight, self.bias, training, momentum, self.eps)
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    """As :class:`torch.nn.BatchNorm1d`, right at every order of differentiation."""
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    """As :class:`torch.nn.BatchNorm2d`, right at every order of differentiation."""
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """As :class:`torch.nn.BatchNorm3d`, right at every order of differentiation."""
+
+
 class RMSNorm(torch.nn.RMSNorm):
     """As :class:`torch.nn.RMSNorm`."""
 
@@ -336,3 +377,12 @@ class DropoutAdd(torch.nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for repr."""
         return f"p={self.p}"
+
+
+def __getattr__(name):
+    if name == "SyncBatchNorm":
+        raise AttributeError(
+            "jacobian_ops.nn has no SyncBatchNorm, as it has no statistics over processes; "
+            "torch.nn.SyncBatchNorm goes on as it is, and replace leaves it"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

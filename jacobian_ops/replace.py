@@ -143,10 +143,10 @@ def _bare(module) -> bool:
 def replace(model: torch.nn.Module) -> torch.nn.Module:
     """Swap Linear, activations, softmax, norms, losses and Dropout of a model for ours, in place.
 
-    Only exact torch.nn classes are swapped, never subclasses.  Where a Sequential has Linear ->
-    activation -> Dropout, Linear -> activation or Softmax -> Dropout in a row, it runs them as one
-    op, unless one of them has hooks.  Results are those of before to rounding; dropout draws other
-    masks.
+    Only exact torch.nn classes are swapped, never subclasses, nor SyncBatchNorm.  Where a
+    Sequential has Linear -> activation -> Dropout, Linear -> activation or Softmax -> Dropout in a
+    row, it runs them as one op, unless one of them has hooks.  Results are those of before to
+    rounding; dropout draws other masks.
 
     Args:
         model: Any module; a bare layer too.

@@ -42,6 +42,7 @@ STAGED_COLUMNS = r"^softmax::columns<.*, true>$"
 # Kernels for which accesses of 16 bytes, or tensor cores, are the point.
 WIDE = re.compile(
     r"^(activation::(pointwise|vjp_sum)|dropout::multiply|columns::sum_parts|norm::(held|sweep)"
+    r"|group_norm::normalize"
     rf"|softmax::(team|block|staged|sweep)|linear::(tensor|tiles)(_vjp)?)<|{STAGED_COLUMNS}"
 )
 # Of them those that write a number a column: few, or adjacent ones of a warp.

@@ -265,6 +265,60 @@ NORM = [
     normalized("rms_norm", (2, 3), suffix="-plain"),
 ]
 
+
+def group_norm_primitive(groups, eps, fixed=None):
+    """Over groups of channels, or with 0 over a channel of all samples."""
+
+    def run(x, weight=None, bias=None):
+        n, c, *rest = x.shape
+        view = (n, groups, c // groups, *rest) if groups else x.shape
+        channel = (*view[1:3], *(1 for _ in rest)) if groups else (c, *(1 for _ in rest))
+        axes = tuple(range(2, len(view))) if groups else (0, *range(2, x.dim()))
+        z = x.reshape(view)
+        if fixed is None:
+            z = z - z.mean(axes, True)
+            y = z / (z.square().mean(axes, True) + eps).sqrt()
+        else:
+            mean, var = (t.to(x.dtype).reshape(channel) for t in fixed)
+            y = (z - mean) / (var + eps).sqrt()
+        y = y if weight is None else weight.reshape(channel) * y
+        return (y if bias is None else y + bias.reshape(channel)).reshape(x.shape)
+
+    return run
+
+
+def grouped(name, shape, groups=0, *columns, suffix="", eps=1e-5, training=True):
+    """group_norm, or batch_norm in training or with running statistics."""
+    ours, native = getattr(J, name), getattr(F, name)
+    fixed = None
+    if groups:
+        args = (groups,)
+    elif training:
+        args = (None, None)
+    else:
+        fixed = args = torch.linspace(-1, 1, shape[1]), torch.linspace(0.5, 2, shape[1])
+
+    def call(f):
+        def run(x, *c):
+            a = args if groups or training else (t.to(x) for t in args)
+            rest = {} if groups else {"training": training}
+            return f(x, *a, *c, eps=eps, **rest)
+
+        return run
+
+    primitive = group_norm_primitive(groups, eps, fixed)
+    return Case(name + suffix, call(ours), primitive, call(native), (shape, *columns))
+
+
+GROUPED = [
+    grouped("group_norm", (2, 4, 3), 2, (4,), (4,)),
+    grouped("group_norm", (2, 4, 2, 2), 1, suffix="-plain", eps=0.1),
+    grouped("batch_norm", (3, 2, 2), 0, (2,), (2,)),
+    grouped("batch_norm", (4, 3), 0, (3,), suffix="-rows", eps=0.1),
+    grouped("batch_norm", (3, 2, 2), 0, (2,), (2,), suffix="-eval", training=False),
+]
+
+
 def class_dim(x):
     return min(1, x.dim() - 1)
 
@@ -380,7 +434,7 @@ LINEAR_ENTROPY = [
     linear_entropy("-ignored", (5, 3), (4, 3), (4,), weighted=True, ignore_index=1),
 ]
 
-CASES = POINTWISE + SOFTMAX + DROPOUT + LINEAR + NORM + ENTROPY + LINEAR_ENTROPY
+CASES = POINTWISE + SOFTMAX + DROPOUT + LINEAR + NORM + ENTROPY + LINEAR_ENTROPY + GROUPED
 
 # Below their public functions all activations are one op: what is about the op takes one of each
 # kind (without a kink, with one, with a parameter).

@@ -46,6 +46,17 @@ ARGUMENTS = {
         dict(ignore_index=3, label_smoothing=0.1),
         dict(reduction="none", weight=torch.linspace(0.5, 2, 64)),
     ],
+    "GroupNorm": [
+        dict(num_groups=8, num_channels=64),
+        dict(num_groups=64, num_channels=64, eps=0.1, affine=False),
+    ],
+    "BatchNorm1d": [
+        dict(num_features=64),
+        dict(num_features=64, eps=0.1, momentum=0.5, affine=False),
+        dict(num_features=64, track_running_stats=False),
+    ],
+    "BatchNorm2d": [dict(num_features=64, momentum=0.3)],
+    "BatchNorm3d": [dict(num_features=64)],
     "Dropout": [{}, dict(p=0.0), dict(p=0.2), dict(p=1.0)],
 }
 OWN = {
@@ -65,6 +76,9 @@ ACTIVATIONS = {
     "relu": torch.nn.ReLU(),
     "tanh": torch.nn.Tanh(),
 }
+
+
+PARAMETRIC = {"in_features", "normalized_shape", "num_channels", "num_features"}
 
 
 def rows(table):
@@ -107,6 +121,12 @@ def x_of(dtype=torch.float32):
     return (3 * torch.randn(80, 64)).to(dtype)
 
 
+def input_of(name, dtype=torch.float32):
+    """The same in the dimensions that the module takes."""
+    shapes = {"BatchNorm2d": (20, 64, 2, 2), "BatchNorm3d": (10, 64, 2, 2, 2)}
+    return x_of(dtype).reshape(shapes.get(name, (80, 64)))
+
+
 def extra(name):
     """Further arguments of forward."""
     if name == "CrossEntropyLoss":
@@ -143,15 +163,16 @@ def test_repr_and_state(name, kwargs):
 @each_but_dropout
 def test_results_and_gradients(name, kwargs, training):
     native, ours = (m.train(training) for m in pair(name, kwargs))
-    args = x_of(), *extra(name)
+    args = input_of(name), *extra(name)
     torch.testing.assert_close(call(ours, *args), call(native, *args))
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(native.named_buffers()))
 
 
 @each_but_dropout
 def test_bfloat16(name, kwargs):
     """Beside float64, from which the native module is often the farther one."""
     native, ours = (m.bfloat16() for m in pair(name, kwargs))
-    x, more = x_of(torch.bfloat16), extra(name)
+    x, more = input_of(name, torch.bfloat16), extra(name)
     (y, grads), (y_native, grads_native) = call(ours, x, *more), call(native, x, *more)
     want, want_grads = call(native.double(), x.double(), *more)
     for got, other, exact in zip(
@@ -268,7 +289,7 @@ def test_implicit_dim(name, shape):
 @each_and_own
 def test_deepcopy_and_pickle(name, kwargs):
     module = getattr(jnn, name)(**kwargs).eval()
-    args = x_of(), *extra(name)
+    args = input_of(name), *extra(name)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(other) is type(module) and repr(other) == repr(module)
         assert other.state_dict().keys() == module.state_dict().keys()
@@ -280,20 +301,20 @@ def test_deepcopy_and_pickle(name, kwargs):
 
 @each_and_own
 def test_meta(name, kwargs):
-    parametric = {"in_features", "normalized_shape"} & kwargs.keys()
+    parametric = PARAMETRIC & kwargs.keys()
     factory = dict(device="meta") if parametric else {}
     module = getattr(jnn, name)(**kwargs, **factory)
     if kwargs.get("weight") is not None:
         module = module.to("meta")
     assert all(p.is_meta for p in module.parameters())
-    args = [a.to("meta") for a in (x_of(), *extra(name))]
+    args = [a.to("meta") for a in (input_of(name), *extra(name))]
     y = module(*args)
-    shape = (80, 5) if "in_features" in kwargs else (80, 64)
+    shape = (80, 5) if "in_features" in kwargs else args[0].shape
     if name == "CrossEntropyLoss":
         shape = (80,) if kwargs.get("reduction") == "none" else ()
     assert y.is_meta and y.shape == shape
     real = module.to_empty(device=torch.get_default_device())
-    assert real(x_of(), *extra(name)).shape == y.shape
+    assert real(input_of(name), *extra(name)).shape == y.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

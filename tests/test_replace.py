@@ -111,7 +111,9 @@ def fused(monkeypatch):
 
 @pytest.mark.parametrize("name", SWAPPED)
 def test_bare_layer(name):
-    layer = getattr(nn, name)(*{"Linear": (3, 4), "LayerNorm": (3,), "RMSNorm": (3,)}.get(name, ()))
+    sizes = {"Linear": (3, 4), "GroupNorm": (2, 4)}
+    args = sizes.get(name, (3,) if "Norm" in name else ())
+    layer = getattr(nn, name)(*args)
     before = list(layer.__dict__)
     assert replace(layer) is layer and type(layer) is getattr(jnn, name)
     assert restore(layer) is layer and type(layer) is getattr(nn, name)
@@ -132,6 +134,7 @@ def test_exact_classes_only():
             nn.Dropout1d(),
             nn.Softmax2d(),
             nn.Bilinear(3, 3, 3),
+            nn.SyncBatchNorm(3),
         ]
     )
     before = classes(model)

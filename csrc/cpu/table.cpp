@@ -7,6 +7,7 @@ Kernels table() {
   register_activation(kernels);
   register_cross_entropy(kernels);
   register_dropout(kernels);
+  register_group_norm(kernels);
   register_norm(kernels);
   register_softmax(kernels);
   register_linear(kernels);

@@ -7,13 +7,17 @@
 namespace jops::JOPS_ISA {
 
 void sum_partials(const Rows& rows, const Buffer& sum, const Exec& exec) {
+  add_partials({rows.outer, column_parts(rows.n), rows.inner}, exec.workspace, sum, exec);
+}
+
+void add_partials(const Rows& rows, const void* partial, const Buffer& sum, const Exec& exec) {
   with_storage(sum.dtype, [&](auto storage) {
     using T = decltype(storage);
     const std::int64_t strips = (rows.inner + columns::kColumns - 1) / columns::kColumns;
-    dev::launch<columns::add_parts<T>>(all_blocks(strips * rows.outer), columns::kThreads, 0,
-                                       dev::stream_of(exec),
-                                       static_cast<const Compute<T>*>(exec.workspace),
-                                       column_parts(rows.n), rows.inner, static_cast<T*>(sum.data));
+    dev::launch<columns::add_parts<T>>(
+        all_blocks(strips * rows.outer), columns::kThreads, 0, dev::stream_of(exec),
+        static_cast<const Compute<T>*>(partial), static_cast<int>(rows.n), rows.inner,
+        static_cast<T*>(sum.data));
   });
 }
 

@@ -20,4 +20,7 @@ void column_sum(const Matrix& x, const Buffer& y, const Exec& exec);
 // The second stage: sum = the partial sums of the workspace, added up.
 void sum_partials(const Rows& rows, const Buffer& sum, const Exec& exec);
 
+// The second stage for (outer, n, inner) partial sums of any other first one.
+void add_partials(const Rows& rows, const void* partial, const Buffer& sum, const Exec& exec);
+
 }  // namespace jops::JOPS_ISA

@@ -9,6 +9,7 @@ void register_activation(Kernels& table);
 void register_columns(Kernels& table);
 void register_cross_entropy(Kernels& table);
 void register_dropout(Kernels& table);
+void register_group_norm(Kernels& table);
 void register_linear(Kernels& table);
 void register_log_softmax(Kernels& table);
 void register_norm(Kernels& table);

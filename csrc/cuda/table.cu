@@ -11,6 +11,7 @@ const Kernels& kernels() {
     JOPS_ISA::register_columns(all);
     JOPS_ISA::register_cross_entropy(all);
     JOPS_ISA::register_dropout(all);
+    JOPS_ISA::register_group_norm(all);
     JOPS_ISA::register_linear(all);
     JOPS_ISA::register_log_softmax(all);
     JOPS_ISA::register_norm(all);

@@ -74,6 +74,7 @@ class Rule:
 
     schema: str
     composite: Callable | None = None
+    not_differentiable: tuple[int, ...] = ()  # outputs: their tangents are None
 
     @classmethod
     def vmap(cls, info, dims, *args):
@@ -212,6 +213,8 @@ def _function(rule, base, forward, tensors):
         ctx.save_for_backward(*rule.save(inputs, output, ctx.needs_input_grad))
         # Held during this call only, and only for jvp.
         outputs = output if isinstance(output, tuple) else (output,)
+        if rule.not_differentiable:
+            ctx.mark_non_differentiable(*(outputs[i] for i in rule.not_differentiable))
         ctx.save_for_forward(*inputs[:tensors], *outputs)
 
     def backward(ctx, *gy):

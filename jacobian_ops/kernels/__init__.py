@@ -24,6 +24,13 @@ from .cross_entropy import (
     cross_entropy_vjp_jvp,
 )
 from .dropout import dropout, dropout_add, dropout_jvp, dropout_vjp
+from .group_norm import (
+    batch_norm,
+    group_norm,
+    group_norm_jvp,
+    group_norm_vjp,
+    group_norm_vjp_jvp,
+)
 from .linear import (
     column_sum,
     linear,
@@ -67,6 +74,7 @@ __all__ = [
     "activation_vjp_jvp",
     "activation_vjp_sum",
     "activation_vjp_vjp",
+    "batch_norm",
     "column_sum",
     "cross_entropy",
     "cross_entropy_jvp",
@@ -76,6 +84,10 @@ __all__ = [
     "dropout_add",
     "dropout_jvp",
     "dropout_vjp",
+    "group_norm",
+    "group_norm_jvp",
+    "group_norm_vjp",
+    "group_norm_vjp_jvp",
     "linear",
     "linear_act_dropout",
     "linear_act_dropout_jvp",
