@@ -238,6 +238,27 @@ def cross_entropy(shape, quick: bool = False) -> Case:
     )
 
 
+def attention(shape, causal: bool = False, quick: bool = False) -> Case:
+    """Attention of (batch, heads, length, width); no fused native op has a JVP."""
+    batch, heads, length, width = shape
+    product = 2 * batch * heads * length * length * width // (2 if causal else 1)
+    n = math.prod(shape)
+    products = {"forward": 2, "vjp": 5, "forward+vjp": 7, "jvp": 6, "hvp": 21}
+    traffic = {"forward": 4, "vjp": 8, "forward+vjp": 12, "jvp": 8, "hvp": 18}
+    return Case(
+        "attention",
+        _label(*shape) + (" causal" if causal else ""),
+        (shape,) * 3,
+        {
+            "jacobian_ops": lambda *qkv: J.scaled_dot_product_attention(*qkv, is_causal=causal),
+            "eager": lambda *qkv: _native_attention(*qkv, causal=causal),
+        },
+        {mode: n * count for mode, count in traffic.items()},
+        {mode: product * count for mode, count in products.items()},
+        quick=quick,
+    )
+
+
 def linear_cross_entropy(m: int, k: int, n: int, quick: bool = False) -> Case:
     """The summed losses of a linear layer's logits: traffic is that of the layer's own tensors."""
 
@@ -275,6 +296,16 @@ def channel_norm(name: str, shape, quick: bool = False) -> Case:
         _pointwise_traffic(shape),
         quick=quick,
     )
+
+
+def _native_attention(q, k, v, causal):
+    """The fused op, or what it computes where that has no derivative."""
+    if not torch._C._are_functorch_transforms_active():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    s = q.shape[-1] ** -0.5 * q @ k.mT
+    if causal:
+        s = s.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    return s.softmax(-1) @ v
 
 
 def softmax_dropout(shape) -> Case:
@@ -387,6 +418,10 @@ CASES = (
     channel_norm("batch_norm", (64, 128, 56, 56)),
     channel_norm("batch_norm", (16, 64, 14, 14), quick=True),
     channel_norm("group_norm", (16, 128, 56, 56)),
+    attention((2, 8, 1024, 64)),
+    attention((2, 8, 1024, 64), causal=True),
+    attention((1, 4, 4096, 64)),
+    attention((1, 2, 64, 16), quick=True),
     dropout((4096, 4096)),
     dropout((256, 1024), quick=True),
     dropout_add((4096, 1024)),

@@ -58,6 +58,34 @@ struct type_caster<jops::Matrix> {
   }
 };
 
+// (address, extent, dtype, four sizes, four strides), or None
+template <>
+struct type_caster<jops::Heads> {
+  PYBIND11_TYPE_CASTER(jops::Heads, const_name("Heads"));
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    std::uintptr_t address = 0;
+    int dtype = 0;
+    if (!jops::read(source, address, value.extent, dtype, value.batch, value.heads, value.rows,
+                    value.width, value.batch_stride, value.head_stride, value.row_stride,
+                    value.col_stride)) {
+      return false;
+    }
+    value.data = reinterpret_cast<void*>(address);
+    value.dtype = static_cast<jops::Dtype>(dtype);
+    return true;
+  }
+};
+
+// (scale, causal, keep, bias)
+template <>
+struct type_caster<jops::Scores> {
+  PYBIND11_TYPE_CASTER(jops::Scores, const_name("Scores"));
+  bool load(handle source, bool) {
+    return jops::read(source, value.scale, value.causal, value.keep, value.bias);
+  }
+};
+
 // (code, a, b, c)
 template <>
 struct type_caster<jops::Act> {
@@ -181,6 +209,10 @@ PYBIND11_MODULE(JOPS_MODULE, m, py::mod_gil_not_used()) {
   def("group_norm_jvp", k.group_norm_jvp);
   def("group_norm_vjp", k.group_norm_vjp);
   def("group_norm_vjp_jvp", k.group_norm_vjp_jvp);
+  def("attention", k.attention);
+  def("attention_jvp", k.attention_jvp);
+  def("attention_vjp", k.attention_vjp);
+  def("attention_vjp_jvp", k.attention_vjp_jvp);
   def("linear", k.linear);
   def("linear_act_dropout", k.linear_act_dropout);
   def("linear_act_dropout_jvp", k.linear_act_dropout_jvp);

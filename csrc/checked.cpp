@@ -142,6 +142,65 @@ class Check {
       fail(name, "stride 1 along the columns", std::to_string(m.col_stride));
     }
   }
+  void heads(const char* name, const Heads& t) const {
+    if (t.batch < 0 || t.heads < 0) fail(name, "extents of at least 0", "less");
+    if (t.batch_stride < 0 || t.head_stride < 0) fail(name, "strides of at least 0", "less");
+    constexpr std::int64_t kMost = std::int64_t{1} << 24;
+    if (t.batch > kMost || t.heads > kMost) fail(name, "at most 2^24 of batch or heads", "more");
+    // The matrix of the last head, of the last one in the batch.
+    std::int64_t first = 0;
+    if (t.batch > 0 && t.heads > 0 &&
+        (add_product(t.batch - 1, t.batch_stride, &first) ||
+         add_product(t.heads - 1, t.head_stride, &first))) {
+      fail(name, "strides within its elements", "beyond");
+    }
+    const bool none = t.batch == 0 || t.heads == 0;
+    matrix(name, {t.data, t.extent - first, t.dtype, none ? 0 : 1, t.rows, t.width, 0, t.row_stride,
+                  t.col_stride});
+  }
+  void heads(const char* name, const Heads& t, std::int64_t batch, std::int64_t heads_of,
+             std::int64_t rows, std::int64_t width) const {
+    heads(name, t);
+    extent(name, "batch", t.batch, batch);
+    extent(name, "heads", t.heads, heads_of);
+    extent(name, "rows", t.rows, rows);
+    extent(name, "width", t.width, width);
+  }
+  void first(const char* name, const Heads& t) {
+    heads(name, t);
+    name_ = name;
+    first_ = {t.data, t.extent, t.dtype};
+  }
+  void like(const char* name, const Heads& t, const Heads& other) const {
+    if (!t.given()) return;
+    heads(name, t, other.batch, other.heads, other.rows, other.width);
+    same_dtype(name, t.dtype);
+  }
+  // An output may not be written twice.
+  void result(const char* name, const Heads& t, const Heads& other) const {
+    like(name, t, other);
+    if (!t.given()) return;
+    const std::int64_t sizes[] = {t.batch, t.heads, t.rows, t.width};
+    const std::int64_t strides[] = {t.batch_stride, t.head_stride, t.row_stride, t.col_stride};
+    for (int i = 0; i < 4; ++i) {
+      if (sizes[i] > 1 && strides[i] == 0) fail(name, "strides above 0", "0");
+    }
+  }
+  // `kinds` numbers a query, of the type that is computed in.
+  void of_rows(const char* name, const Buffer& b, const Heads& q, int kinds) const {
+    buffer(name, b);
+    const Dtype wide = first_.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+    if (b.dtype != wide) fail(name, dtype_name(wide), dtype_name(b.dtype));
+    extent(name, "elements", b.size, kinds * q.batch * q.heads * q.rows);
+  }
+  void tangents(const Scores& scores, const Heads& q, const Heads& k, const Heads& v,
+                const Heads& tq, const Heads& tk, const Heads& tv, const Heads& tbias) const {
+    like("tq", tq, q);
+    like("tk", tk, k);
+    like("tv", tv, v);
+    if (tbias.given() && !scores.bias.given()) fail("tbias", "none without a bias", "one");
+    like("tbias", tbias, scores.bias);
+  }
   void extent(const char* name, const char* which, std::int64_t got, std::int64_t wanted) const {
     if (got != wanted) {
       fail(name, std::string(which) + " " + std::to_string(wanted), std::to_string(got));
@@ -758,6 +817,94 @@ void group_norm_vjp_jvp(const Groups& groups, const Buffer& x, const Buffer& wei
   run.group_norm_vjp_jvp(groups, x, weight, gy, tx, tweight, tgy, stats, gx, tgx, sums, exec);
 }
 
+// What is common to attention's products.
+void attends(Check& check, const Scores& scores, const Heads& q, const Heads& k, const Heads& v,
+             const Heads& o, const Buffer& lse, const Mask& mask) {
+  check.first("q", q);
+  if (!std::isfinite(scores.scale)) {
+    check.fail("scores", "a finite scale", std::to_string(scores.scale));
+  }
+  if (k.heads == 0 ? q.heads != 0 : q.heads % k.heads != 0) {
+    check.fail("k", "heads that divide " + std::to_string(q.heads), std::to_string(k.heads));
+  }
+  check.heads("k", k, q.batch, k.heads, k.rows, q.width);
+  check.heads("v", v, q.batch, k.heads, k.rows, v.width);
+  check.same_dtype("k", k.dtype);
+  check.same_dtype("v", v.dtype);
+  check.heads("o", o, q.batch, q.heads, q.rows, v.width);
+  check.same_dtype("o", o.dtype);
+  if (scores.keep.given()) check.heads("keep", scores.keep, q.batch, q.heads, q.rows, k.rows);
+  if (scores.bias.given()) {
+    check.heads("bias", scores.bias, q.batch, q.heads, q.rows, k.rows);
+    check.same_dtype("bias", scores.bias.dtype);
+  }
+  check.of_rows("lse", lse, q, 1);
+  check.mask(mask, q.batch);
+}
+
+void attention(const Scores& scores, const Heads& q, const Heads& k, const Heads& v, const Heads& o,
+               const Buffer& lse, const Mask& mask, const Exec& exec) {
+  Check check("attention", exec);
+  attends(check, scores, q, k, v, o, lse, mask);
+  check.result("o", o, o);
+  if (lse.size == 0) return;
+  run.attention(scores, q, k, v, o, lse, mask, exec);
+}
+
+void attention_jvp(const Scores& scores, const Heads& q, const Heads& k, const Heads& v,
+                   const Heads& tq, const Heads& tk, const Heads& tv, const Heads& tbias,
+                   const Heads& o, const Heads& to, const Buffer& lse, const Buffer& mu,
+                   const Mask& mask, const Exec& exec) {
+  Check check("attention_jvp", exec);
+  attends(check, scores, q, k, v, o, lse, mask);
+  check.tangents(scores, q, k, v, tq, tk, tv, tbias);
+  check.result("o", o, o);
+  check.result("to", to, o);
+  check.of_rows("mu", mu, q, 1);
+  if (lse.size == 0) return;
+  run.attention_jvp(scores, q, k, v, tq, tk, tv, tbias, o, to, lse, mu, mask, exec);
+}
+
+void attention_vjp(const Scores& scores, const Heads& q, const Heads& k, const Heads& v,
+                   const Heads& o, const Heads& go, const Buffer& lse, const Buffer& delta,
+                   const Heads& gq, const Heads& gk, const Heads& gv, const Mask& mask,
+                   const Exec& exec) {
+  Check check("attention_vjp", exec);
+  attends(check, scores, q, k, v, o, lse, mask);
+  check.like("go", go, o);
+  check.of_rows("delta", delta, q, 1);
+  check.result("gq", gq, q);
+  check.result("gk", gk, k);
+  check.result("gv", gv, v);
+  if (lse.size == 0) return;
+  run.attention_vjp(scores, q, k, v, o, go, lse, delta, gq, gk, gv, mask, exec);
+}
+
+void attention_vjp_jvp(const Scores& scores, const Heads& q, const Heads& k, const Heads& v,
+                       const Heads& tq, const Heads& tk, const Heads& tv, const Heads& tbias,
+                       const Heads& o, const Heads& to, const Heads& go, const Heads& tgo,
+                       const Buffer& lse, const Buffer& mu, const Buffer& delta, const Heads& gq,
+                       const Heads& gk, const Heads& gv, const Heads& tgq, const Heads& tgk,
+                       const Heads& tgv, const Mask& mask, const Exec& exec) {
+  Check check("attention_vjp_jvp", exec);
+  attends(check, scores, q, k, v, o, lse, mask);
+  check.tangents(scores, q, k, v, tq, tk, tv, tbias);
+  check.like("to", to, o);
+  check.like("go", go, o);
+  check.like("tgo", tgo, o);
+  check.of_rows("mu", mu, q, 1);
+  check.of_rows("delta", delta, q, 2);
+  check.result("gq", gq, q);
+  check.result("gk", gk, k);
+  check.result("gv", gv, v);
+  check.result("tgq", tgq, q);
+  check.result("tgk", tgk, k);
+  check.result("tgv", tgv, v);
+  if (lse.size == 0) return;
+  run.attention_vjp_jvp(scores, q, k, v, tq, tk, tv, tbias, o, to, go, tgo, lse, mu, delta, gq, gk,
+                        gv, tgq, tgk, tgv, mask, exec);
+}
+
 double fma_peak(Dtype dtype, const Exec& exec) {
   Check("fma_peak", exec).dtype("dtype", dtype);
   return run.fma_peak(dtype, exec);
@@ -804,6 +951,10 @@ Kernels checked(const Kernels& unchecked) {
           group_norm_vjp,
           group_norm_vjp_jvp,
           unchecked.group_norm_workspace,
+          attention,
+          attention_jvp,
+          attention_vjp,
+          attention_vjp_jvp,
           linear,
           linear_act_dropout,
           linear_act_dropout_jvp,

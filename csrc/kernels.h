@@ -104,6 +104,25 @@ struct Groups {
   bool fixed = false;  // by statistics that are given
 };
 
+// (batch, heads, rows, width), strides in elements and not negative; `extent` elements are
+// reachable from data. What masks scores is (batch, heads, queries, keys).
+struct Heads {
+  void* data = nullptr;
+  std::int64_t extent = -1;
+  Dtype dtype = Dtype::kFloat32;
+  std::int64_t batch = 0, heads = 0, rows = 0, width = 0;
+  std::int64_t batch_stride = 0, head_stride = 0, row_stride = 0, col_stride = 0;
+  bool given() const { return extent >= 0; }
+};
+
+// Attention's scores: scale q k^T + bias, and -inf where `keep` is false or, if causal, where the
+// key comes after the query. `keep` holds bytes; both may be absent.
+struct Scores {
+  double scale = 1;
+  bool causal = false;
+  Heads keep, bias;
+};
+
 // How to run: the number of threads of the CPU; on a device its stream and, for sums over rows,
 // memory of at least sum_workspace() bytes to put partial sums into.
 struct Exec {
@@ -196,6 +215,29 @@ struct Kernels {
                              const Buffer& sums, const Exec&);
   // Bytes of workspace that the four need on a device.
   std::int64_t (*group_norm_workspace)(const Groups&);
+
+  // o = dropout(softmax(scores)) v; a row whose scores are all -inf gives 0. Each head of k and v
+  // serves heads(q) / heads(k) adjacent ones of q. lse, mu, delta: numbers of the type that is
+  // computed in, (batch, heads, queries). lse is the logarithm of the sum of a row's exponentials,
+  // +inf where there are none, and mu its tangent; delta is scratch, (2, ...) with tangents. Any
+  // tangent and any gradient may be absent; those of k and v are summed over a group's heads.
+  void (*attention)(const Scores&, const Heads& q, const Heads& k, const Heads& v, const Heads& o,
+                    const Buffer& lse, const Mask&, const Exec&);
+  void (*attention_jvp)(const Scores&, const Heads& q, const Heads& k, const Heads& v,
+                        const Heads& tq, const Heads& tk, const Heads& tv, const Heads& tbias,
+                        const Heads& o, const Heads& to, const Buffer& lse, const Buffer& mu,
+                        const Mask&, const Exec&);
+  void (*attention_vjp)(const Scores&, const Heads& q, const Heads& k, const Heads& v,
+                        const Heads& o, const Heads& go, const Buffer& lse, const Buffer& delta,
+                        const Heads& gq, const Heads& gk, const Heads& gv, const Mask&,
+                        const Exec&);
+  // The same and its tangent.
+  void (*attention_vjp_jvp)(const Scores&, const Heads& q, const Heads& k, const Heads& v,
+                            const Heads& tq, const Heads& tk, const Heads& tv, const Heads& tbias,
+                            const Heads& o, const Heads& to, const Heads& go, const Heads& tgo,
+                            const Buffer& lse, const Buffer& mu, const Buffer& delta,
+                            const Heads& gq, const Heads& gk, const Heads& gv, const Heads& tgq,
+                            const Heads& tgk, const Heads& tgv, const Mask&, const Exec&);
 
   void (*linear)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
                  const Exec&);

@@ -120,6 +120,18 @@ def matrix(t: Tensor):
     return t.data_ptr(), extent, DTYPES[t.dtype], batch, rows, cols, *strides
 
 
+def heads(t: Tensor):
+    """A tensor (batch, heads, rows, width) of any strides, with its reachable extent.
+
+    A bool tensor, which masks scores, is bytes.
+    """
+    sizes, strides = t.shape, t.stride()
+    extent = 0
+    if t.numel():
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    return t.data_ptr(), extent, DTYPES.get(t.dtype, 0), *sizes, *strides
+
+
 def mask(seed: Tensor | None, p: float):
     """A dropout mask as (p, address of the seeds, number of seeds), one seed a sample."""
     return None if seed is None else (p, seed.data_ptr(), seed.numel())

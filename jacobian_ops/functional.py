@@ -22,6 +22,7 @@ from torch.overrides import (
 
 from . import _backend
 from .autograd import activation as _activation
+from .autograd import attention as _attention
 from .autograd import cross_entropy as _entropy
 from .autograd import dropout as _dropout
 from .autograd import group_norm as _groups
@@ -60,6 +61,7 @@ __all__ = [
     "relu",
     "relu6",
     "rms_norm",
+    "scaled_dot_product_attention",
     "selu",
     "sigmoid",
     "silu",
@@ -1113,6 +1115,135 @@ def _running(op, input, mean, var, training):
             f"{op}: running_mean and running_var must either both be None or neither be None"
         )
     return None if mean is None else (mean, var)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``dropout(softmax(scale * q k^T + mask)) v`` in tiles, with every derivative.
+
+    The matrix of scores is never stored, neither here nor in the VJP, the JVP and the derivatives
+    of those, but for the gradient of a float mask and the second derivative in forward mode with
+    dropout; third derivatives run in elementary ops.  Keeps the arguments, the result, a number
+    a query, and dropout's seed.
+
+    Args:
+        query: (*, heads, queries, d); with two dimensions, or without heads, as in torch.
+        key: (*, heads, keys, d).
+        value: (*, heads, keys, dv).
+        attn_mask: Broadcasts to (*, heads, queries, keys).  bool: False hides a key from a query.
+            Of the dtype of ``query``, or float32: added to the scores.
+        dropout_p: Probability that a weight is dropped.
+        is_causal: Whether a query sees only keys up to its own index, counted from the top left.
+        scale: Of the scores; None is ``1 / sqrt(d)``.
+        enable_gqa: Whether a head of key and value may serve several adjacent ones of query.
+        generator: Where dropout's seed comes from; None is torch's default generator.
+
+    Returns:
+        (*, heads, queries, dv); zeros for a query that sees no key.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or devices do not fit, or ``dropout_p`` is outside [0, 1].
+
+    References: Dao et al., FlashAttention, 2022, arXiv:2205.14135; Ainslie et al., GQA, 2023,
+    arXiv:2305.13245.
+    """
+    op = "scaled_dot_product_attention"
+    tensors = query, key, value, attn_mask
+    if has_torch_function(tensors):
+        extra = _given(attn_mask=attn_mask, scale=scale, generator=generator)
+        extra |= dict(dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa)
+        return handle_torch_function(
+            scaled_dot_product_attention, tensors, query, key, value, **extra
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"{op}: dropout_p is {dropout_p}; it has to be between 0 and 1")
+    named = {"query": query, "key": key, "value": value}
+    for name, t in named.items():
+        check_tensor(op, name, t)
+        if not (_ours(op, t) if name == "query" else _strided(t)):
+            raise _no_kernels(op, name, t)
+        if t.dim() < 2:
+            raise RuntimeError(
+                f"{op}: {name} has shape {list(t.shape)}; allowed: at least two dimensions"
+            )
+    query, key, value = _low_precision(query, key, value)
+    for name, t in (("key", key), ("value", value)):
+        if t.dtype != query.dtype:
+            raise RuntimeError(
+                f"{op}: Expected query, key, and value to have the same dtype, but query has "
+                f"{name_of(query.dtype)} and {name} has {name_of(t.dtype)}"
+            )
+    _check_device(op, query, key=key, value=value, attn_mask=attn_mask)
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(
+            f"{op}: query, key and value have shapes {list(query.shape)}, {list(key.shape)} and "
+            f"{list(value.shape)}; allowed: the same last dimension of query and key, and the "
+            "same length of key and value"
+        )
+    ndim = max(query.dim(), key.dim(), value.dim(), 0 if attn_mask is None else attn_mask.dim())
+    query, key, value = _with_heads(op, query, key, value, enable_gqa, ndim)
+    keep = bias = None
+    if attn_mask is not None:
+        keep, bias = _score_mask(op, attn_mask, query, key)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
+    seed = draw_seed(query, generator) if dropout_p > 0.0 else None
+    given = query, key, value, keep, bias, seed
+    o = _attention.attention(*given, float(scale), is_causal, float(dropout_p))[0]
+    return o if ndim > 2 else o.squeeze(0)
+
+
+def _with_heads(op, query, key, value, enable_gqa, ndim):
+    """The three with the same number of dimensions, at least 3, and the same batch dimensions."""
+    given = [list(t.shape) for t in (query, key, value)]
+    tensors = [t[(None,) * (max(ndim, 3) - t.dim())] for t in (query, key, value)]
+    heads, *kv = (t.shape[-3] for t in tensors)
+    many = max(kv)
+    try:
+        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in tensors))
+        torch.broadcast_shapes(*((h,) for h in kv))
+    except RuntimeError:
+        batch = None
+    divides = many and heads % many == 0 if enable_gqa else many in (1, heads)
+    if batch is None or not (divides or heads == 1):
+        raise RuntimeError(
+            f"{op}: query, key and value have shapes {given[0]}, {given[1]} and {given[2]}; "
+            "allowed: dimensions before the last two that broadcast"
+            + (", and heads of key and value that divide those of query" if enable_gqa else "")
+        )
+    heads = (many if heads == 1 and many else heads, many, many)
+    return (
+        t.expand(*batch, h, *t.shape[-2:]) if t.shape[:-2] != (*batch, h) else t
+        for t, h in zip(tensors, heads, strict=True)
+    )
+
+
+def _score_mask(op, mask, query, key):
+    """(keep, bias) with as many dimensions as ``query``."""
+    check_tensor(op, "attn_mask", mask)
+    scores = (*query.shape[:-1], key.shape[-2])
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(
+            f"{op}: attn_mask has dtype {name_of(mask.dtype)}; allowed: bool, float32, or "
+            f"{name_of(query.dtype)} as query has"
+        )
+    full = mask[(None,) * (len(scores) - mask.dim())] if mask.dim() < len(scores) else mask
+    if any(n not in (1, m) for n, m in zip(full.shape, scores, strict=True)):
+        raise RuntimeError(
+            f"{op}: attn_mask has shape {list(mask.shape)}; allowed: what broadcasts to "
+            f"{list(scores)}"
+        )
+    return (full, None) if mask.dtype is torch.bool else (None, full.to(query.dtype))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

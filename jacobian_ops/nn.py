@@ -34,6 +34,7 @@ __all__ = [
     "LogSigmoid",
     "LogSoftmax",
     "Mish",
+    "MultiheadAttention",
     "RMSNorm",
     "ReLU",
     "ReLU6",
@@ -273,6 +274,121 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """As :class:`torch.nn.MultiheadAttention`, in tiles unless the weights are wanted.
+
+    Asking for the weights (``need_weights``, True by default) builds the matrix of scores.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attended values, and the weights or None.
+
+        Masks are torch's: True, or -inf, hides a key.  ``is_causal`` says that ``attn_mask`` is the
+        causal one, which is then not read.
+
+        Raises:
+            RuntimeError: Shapes or dtypes do not fit, or ``is_causal`` is given without a mask.
+        """
+        op = "MultiheadAttention"
+        if is_causal and attn_mask is None:
+            raise RuntimeError(f"{op}: is_causal is True and attn_mask is None; it needs the mask")
+        alone = query.dim() == 2
+        if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
+            raise RuntimeError(
+                f"{op}: query, key and value have {query.dim()}, {key.dim()} and {value.dim()} "
+                "dimensions; allowed: 3, or 2 without a batch, for all"
+            )
+        same = key is query and value is key
+        q, k, v = (
+            t.unsqueeze(0) if alone else t if self.batch_first else t.transpose(0, 1)
+            for t in (query, key, value)
+        )
+        if key_padding_mask is not None:
+            padding = key_padding_mask.reshape(k.shape[0], 1, 1, k.shape[1])
+        q, k, v = self._project(q, k, v, same)
+        mask = None if attn_mask is None or is_causal else self._of_heads(attn_mask, q)
+        extra = 0
+        if self.bias_k is not None:
+            k, v = (
+                torch.cat([t, b.expand(len(t), 1, -1)], 1)
+                for t, b in ((k, self.bias_k), (v, self.bias_v))
+            )
+            extra += 1
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if self.add_zero_attn:
+            k, v = (torch.cat([t, torch.zeros_like(t[:, :, :1])], 2) for t in (k, v))
+            extra += 1
+        p = self.dropout if self.training else 0.0
+        if is_causal and (need_weights or extra):
+            mask = ~torch.ones(q.shape[2], k.shape[2] - extra, dtype=torch.bool).tril().to(q.device)
+            is_causal = False
+        if key_padding_mask is not None:
+            mask = padding if mask is None else _both(padding, mask, q.dtype)
+        if mask is not None:
+            mask = _visible(torch.nn.functional.pad(mask, (0, extra)), q.dtype)
+        weights = None
+        if need_weights:
+            scores = q.shape[-1] ** -0.5 * q @ k.mT
+            if mask is not None:
+                hidden = mask.dtype is torch.bool
+                scores = scores.masked_fill(~mask, -torch.inf) if hidden else scores + mask
+            weights = F.softmax_dropout(scores, -1, p)
+            o = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights.squeeze(0) if alone else weights
+        else:
+            o = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal)
+        o = F.linear(o.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        o = o.squeeze(0) if alone else o if self.batch_first else o.transpose(0, 1)
+        return o, weights
+
+    def _project(self, q, k, v, same):
+        e = self.embed_dim
+        bias = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(e)
+        if not self._qkv_same_embed_dim:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        elif same:
+            return F.linear(q, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            weights = self.in_proj_weight.split(e)
+        return tuple(map(F.linear, (q, k, v), weights, bias))
+
+    def _of_heads(self, mask, q):
+        """attn_mask (queries, keys) or (batch * heads, queries, keys) with four dimensions."""
+        if mask.dim() == 2:
+            return mask[None, None]
+        return mask.unflatten(0, (q.shape[0], self.num_heads))
+
+
+def _both(padding, mask, dtype):
+    """Two masks of torch's kind, of which either hides."""
+    if padding.dtype is torch.bool and mask.dtype is torch.bool:
+        return padding | mask
+    return _added(padding, dtype) + _added(mask, dtype)
+
+
+def _added(mask, dtype):
+    """What is added to scores for it."""
+    if mask.dtype is not torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
+
+
+def _visible(mask, dtype):
+    """As scaled_dot_product_attention takes it, where True is what is seen."""
+    return ~mask if mask.dtype is torch.bool else mask.to(dtype)
 
 
 class Dropout(torch.nn.Dropout):

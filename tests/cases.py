@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import jacobian_ops.functional as J
 from jacobian_ops import kernels
-from jacobian_ops.autograd import activation, dropout, linear, softmax
+from jacobian_ops.autograd import activation, attention, dropout, linear, softmax
 
 SEED = torch.tensor(20240501)
 P = 0.4
@@ -284,7 +284,54 @@ def group_norm_primitive(groups, eps, fixed=None):
         y = y if weight is None else weight.reshape(channel) * y
         return (y if bias is None else y + bias.reshape(channel)).reshape(x.shape)
 
+
+def attention_primitive(hidden=None, scale=None, multipliers=None):
+    """``hidden`` are the scores that are -inf."""
+
+    def run(q, k, v, bias=None):
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        s = factor * q @ k.mT
+        s = s if bias is None else s + bias
+        e = s.exp() if hidden is None else s.exp().masked_fill(hidden, 0)
+        total = e.sum(-1, True)
+        weights = e / total.masked_fill(total == 0, 1)
+        return (weights if multipliers is None else weights * multipliers.to(v.dtype)) @ v
+
     return run
+
+
+Q, K, V = (2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 3)
+HIDDEN = torch.tensor([[True, False, False, True, False], [True] * 5, [False] * 5])
+M2235 = mask(2, 2, 3, 5)
+
+
+def attended(suffix, shapes=(Q, K, V), hidden=None, multipliers=None, **params):
+    dropped = attention_primitive(hidden, params.get("scale"), multipliers)
+
+    def ours(q, k, v, bias=None):
+        if multipliers is None:
+            masks = params if bias is None else params | {"attn_mask": bias}
+            return J.scaled_dot_product_attention(q, k, v, **masks)
+        given = q, k, v, None, bias, SEED
+        return attention.attention(*given, q.shape[-1] ** -0.5, False, P)[0]
+
+    # The fused native op has no forward mode.
+    return Case(f"attention{suffix}", ours, dropped, dropped, shapes)
+
+
+ATTENTION = [
+    attended(""),
+    attended(
+        "-causal",
+        hidden=~torch.ones(3, 5, dtype=torch.bool).tril(),
+        is_causal=True,
+        scale=0.7,
+    ),
+    attended("-keep", hidden=HIDDEN, attn_mask=~HIDDEN),
+    attended("-groups_bias", ((1, 4, 3, 4), (1, 2, 5, 4), (1, 2, 5, 3), (3, 5)), enable_gqa=True),
+    attended("-dropout", multipliers=M2235),
+]
 
 
 def grouped(name, shape, groups=0, *columns, suffix="", eps=1e-5, training=True):
@@ -434,7 +481,9 @@ LINEAR_ENTROPY = [
     linear_entropy("-ignored", (5, 3), (4, 3), (4,), weighted=True, ignore_index=1),
 ]
 
-CASES = POINTWISE + SOFTMAX + DROPOUT + LINEAR + NORM + ENTROPY + LINEAR_ENTROPY + GROUPED
+CASES = (
+    POINTWISE + SOFTMAX + DROPOUT + LINEAR + NORM + ENTROPY + LINEAR_ENTROPY + GROUPED + ATTENTION
+)
 
 # Below their public functions all activations are one op: what is about the op takes one of each
 # kind (without a kink, with one, with a parameter).

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import jacobian_ops.functional as J
 from jacobian_ops import kernels
 
-from .cases import CASES, POINTWISE, SOFTMAX
+from .cases import ATTENTION, CASES, POINTWISE, SOFTMAX
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,8 +36,10 @@ def products(f, xs, v, ts):
     return y, *pull(v), torch.func.jvp(f, xs, ts)[1]
 
 
+# Weights that are recomputed from the logarithm of their sum have its rounding too, in every fused
+# attention: tests/test_attention.py says how much.
 @pytest.mark.parametrize("dtype", LOW, ids=name)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ATTENTION], ids=str)
 def test_against_float64(case, dtype):
     xs = tuple(x.to(dtype) for x in grown(case))
     ts = tuple(torch.randn_like(x) for x in xs)

@@ -5,6 +5,7 @@ import torch
 
 from jacobian_ops.autograd import (
     activation,
+    attention,
     cross_entropy,
     dropout,
     group_norm,
@@ -28,6 +29,20 @@ CLASSES = torch.tensor([2, 0, -1])
 LOSS = (1, -1, 0.2)  # dim, ignore_index, smoothing
 CHUNKS = (-1, 0.2, 2)
 WEIGHTS = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=D)
+KEEP = torch.tensor([True, False, True])[None, None, None]
+PLAIN = 0.5, False, 0.0
+
+
+def attended(keep=None, bias=None, seed=None):
+    return leaf(1, 2, 2, 2), leaf(1, 1, 3, 2), leaf(1, 1, 3, 1), keep, bias, seed
+
+
+def results(n):
+    """o and lse, each with its tangent if ``n`` is 2."""
+    shapes = [(1, 2, 2, 1)] * n + [(1, 2, 2)] * n
+    return tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+
+
 SAMPLES = {
     "activation": [(leaf(3, 4), *ACT), (leaf(3, 4), *MASKED), (leaf(3, 4).T, *ACT)],
     "activation_vjp": [
@@ -155,6 +170,29 @@ SAMPLES = {
         ),
     ],
     "batch_norm": [(leaf(3, 4), leaf(4), leaf(4), 0.1), (leaf(3, 4, 2), None, None, 0.1)],
+    "attention": [
+        (*attended(KEEP, leaf(1, 1, 2, 3)), *PLAIN),
+        (*attended(seed=SEED), 0.5, True, 0.4),
+        (*(t.mT.contiguous().mT for t in attended()[:3]), None, None, None, *PLAIN),
+    ],
+    "attention_jvp": [
+        (*attended(KEEP, seed=SEED), *attended()[:3], None, 0.5, True, 0.4),
+        (*attended(), None, leaf(1, 1, 3, 2), None, None, *PLAIN),
+    ],
+    "attention_vjp": [
+        (*attended(KEEP), *results(1), leaf(1, 2, 2, 1), *PLAIN),
+        (*attended(seed=SEED), *results(1), leaf(1, 2, 2, 1), 0.5, True, 0.4),
+    ],
+    "attention_vjp_jvp": [
+        (
+            *(*attended(seed=SEED), *attended()[:3], None, *results(2)),
+            *(leaf(1, 2, 2, 1), leaf(1, 2, 2, 1), 0.5, False, 0.4, True),
+        ),
+        (
+            *(*attended(), leaf(1, 2, 2, 2), None, None, None, *results(2)),
+            *(leaf(1, 2, 2, 1), None, *PLAIN, False),
+        ),
+    ],
     "linear": [(leaf(3, 4), leaf(5, 4), leaf(5)), (leaf(2, 3, 4), leaf(2, 5, 4), None)],
     "linear_vjp": [
         (leaf(3, 5), leaf(3, 4), leaf(5, 4), True),
@@ -203,13 +241,14 @@ ORDERS = {
 }
 MODULES = (
     activation,
-    softmax,
-    dropout,
-    linear,
-    norm,
-    group_norm,
+    attention,
     cross_entropy,
+    dropout,
+    group_norm,
+    linear,
     linear_cross_entropy,
+    norm,
+    softmax,
 )
 # Writes into its arguments, and has no derivative.
 UPDATE = "batch_norm_update"
@@ -241,10 +280,28 @@ def test_opcheck_of_the_update():
     assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
 
 
+def whole(name):
+    """The op as a function of variables alone.
+
+    Attention's products take its results, which belong to q, k and v; its statistics are for them.
+    """
+    ops = torch.ops.jacobian_ops
+    op = getattr(ops, name).default
+    if name == "attention":
+        return lambda *a: op(*a)[:1]
+    if name == "attention_jvp":
+        return lambda *a: op(*a)[:2]
+    if name == "attention_vjp":
+        return lambda *a: op(*a[:6], *ops.attention(*a[:6], *a[9:]), *a[8:])
+    if name == "attention_vjp_jvp":
+        return lambda *a: op(*a[:10], *ops.attention_jvp(*a[:10], *a[16:19]), *a[14:])
+    return op
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_op_is_differentiable(name):
     """Each op of the closed set by itself: reverse, forward and both, as gradcheck sees it."""
-    op = getattr(torch.ops.jacobian_ops, name).default
+    op = whole(name)
     for args in SAMPLES[name]:
         where = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad]
 

@@ -54,6 +54,7 @@ namespace jops::JOPS_BASE {
 
 void register_activation(Kernels& table);
 void register_cross_entropy(Kernels& table);
+void register_attention(Kernels& table);
 void register_dropout(Kernels& table);
 void register_group_norm(Kernels& table);
 void register_norm(Kernels& table);

@@ -6,6 +6,7 @@ Kernels table() {
   Kernels kernels;
   register_activation(kernels);
   register_cross_entropy(kernels);
+  register_attention(kernels);
   register_dropout(kernels);
   register_group_norm(kernels);
   register_norm(kernels);

@@ -69,12 +69,16 @@ class Rule:
       ``jvp(primals, out, tangents) -> tangents of the outputs`` and
       ``dual(primals, tangents) -> (out, tangents)``; absent tangents and cotangents are None; or
     * ``composite(*args)``: the same value from differentiable ops, used instead as soon as a
-      derivative is asked for.  That ends the chain of derivatives of derivatives.
+      derivative is asked for.  That ends the chain of derivatives of derivatives.  With
+      ``deferred``, the kernel runs still, and the composite if the derivative is in fact taken:
+      torch.func.grad makes every graph differentiable again, whether or not anybody does so.
     """
 
     schema: str
     composite: Callable | None = None
     not_differentiable: tuple[int, ...] = ()  # outputs: their tangents are None
+
+    deferred = False
 
     @classmethod
     def vmap(cls, info, dims, *args):
@@ -131,7 +135,9 @@ def reverse_may_follow(tensors) -> bool:
 def define(rule: type[Rule]) -> Callable:
     """Register ``rule`` and return the callable that picks the way for each call."""
     name = rule.schema.split("(")[0]
-    tensors = rule.schema.split("->")[0].count("Tensor")
+    tensors = rule.tensors = rule.schema.split("->")[0].count("Tensor")
+    if rule.deferred:
+        _differentiate_composite(rule)
     LIBRARY.define(rule.schema)
     op = getattr(torch.ops.jacobian_ops, name).default
     for key in ("CPU", "CUDA"):
@@ -139,7 +145,7 @@ def define(rule: type[Rule]) -> Callable:
     LIBRARY.impl(name, _autograd_kernel(rule, op, tensors), "Autograd")
     torch.library.register_fake(f"jacobian_ops::{name}", rule.fake, lib=LIBRARY)
     torch.library.register_vmap(f"jacobian_ops::{name}", lambda *a: rule.vmap(*a), lib=LIBRARY)
-    if rule.composite is None:
+    if rule.composite is None or rule.deferred:
 
         def kernel(*args):  # torch binds the signature of forward: no defaults here
             return rule.kernel(*args)
@@ -164,7 +170,7 @@ def define(rule: type[Rule]) -> Callable:
     call.__name__ = call.__qualname__ = name
     call.__doc__ = rule.__doc__
     call.Function = function
-    rule.op, rule.tensors = staticmethod(call), tensors
+    rule.op = staticmethod(call)
     return call
 
 
@@ -258,7 +264,7 @@ def _autograd_kernel(rule, op, tensors):
     def below(*args):
         return _below(op, args)
 
-    if rule.composite is None:
+    if rule.composite is None or rule.deferred:
         apply = _function(rule, _SingleLevelFunction, below, tensors).apply
 
         def differentiable(*args):
@@ -276,7 +282,7 @@ def _autograd_kernel(rule, op, tensors):
             tangents = tuple(t for _, t in pairs)
             live = [t for t in tangents if t is not None]
             if live:
-                if rule.composite is not None:
+                if rule.composite is not None and not rule.deferred:
                     return differentiable(*args)
                 primals = (*(p for p, _ in pairs), *args[tensors:])
                 with _autocast_off():
@@ -297,6 +303,43 @@ def _composite(rule):
             return rule.composite(*args)
 
     return composite
+
+
+def _differentiate_composite(rule):
+    """Give ``rule`` the derivatives of its composite."""
+
+    def pulled(args, live):
+        """The composite's results, and its VJP for the tensors numbered ``live``."""
+
+        def results(*tensors):
+            full = list(args)
+            for i, t in zip(live, tensors, strict=True):
+                full[i] = t
+            return rule.composite(*full)
+
+        return torch.func.vjp(results, *(args[i] for i in live))
+
+    def vjp(saved, consts, needs, *gy):
+        live = [i for i, t in enumerate(saved) if t is not None and needs[i]]
+        out, pull = pulled((*saved, *consts), live)
+        gy = (torch.zeros_like(o) if g is None else g for o, g in zip(out, gy, strict=True))
+        gradients = dict(zip(live, pull(tuple(gy)), strict=True))
+        return tuple(gradients.get(i) for i in range(len(saved)))
+
+    def jvp(primals, out, tangents):
+        # A VJP is linear in its cotangents, and its own VJP is the JVP: torch.func.jvp cannot be
+        # entered inside another level of forward mode.
+        live = [i for i, t in enumerate(tangents) if t is not None]
+        out, pull = pulled(primals, live)
+        _, push = torch.func.vjp(lambda *gy: pull(gy), *map(torch.zeros_like, out))
+        return push(tuple(tangents[i] for i in live))
+
+    def dual(primals, tangents):
+        out = rule.op(*primals)
+        return out, jvp(primals, out, tangents)
+
+    rule.save = staticmethod(lambda args, out, needs: args[: rule.tensors])
+    rule.vjp, rule.jvp, rule.dual = map(staticmethod, (vjp, jvp, dual))
 
 
 def _below(op, args):

@@ -17,6 +17,7 @@ from .activation import (
     activation_vjp_vjp,
     resolve,
 )
+from .attention import attention, attention_jvp, attention_vjp, attention_vjp_jvp
 from .cross_entropy import (
     cross_entropy,
     cross_entropy_jvp,
@@ -75,6 +76,10 @@ __all__ = [
     "activation_vjp_sum",
     "activation_vjp_vjp",
     "batch_norm",
+    "attention",
+    "attention_jvp",
+    "attention_vjp",
+    "attention_vjp_jvp",
     "column_sum",
     "cross_entropy",
     "cross_entropy_jvp",
