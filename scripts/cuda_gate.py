@@ -43,13 +43,14 @@ STAGED_COLUMNS = r"^softmax::columns<.*, true>$"
 WIDE = re.compile(
     r"^(activation::(pointwise|vjp_sum)|dropout::multiply|columns::sum_parts|norm::(held|sweep)"
     r"|group_norm::normalize"
-    rf"|softmax::(team|block|staged|sweep)|linear::(tensor|tiles)(_vjp)?)<|{STAGED_COLUMNS}"
+    r"|softmax::(team|block|staged|sweep)|linear::(tensor|tiles)(_vjp)?"
+    rf"|attention::(forward|queries|keys|delta))<|{STAGED_COLUMNS}"
 )
-# Of them those that write a number a column: few, or adjacent ones of a warp.
-WRITES_ONE = re.compile(rf"^columns::sum_parts<|{STAGED_COLUMNS}")
+# Of them those that write a number a column or a row: few, or adjacent ones of a warp.
+WRITES_ONE = re.compile(rf"^(columns::sum_parts|attention::delta)<|{STAGED_COLUMNS}")
 # Kernels with dynamic shared memory, and the fewest blocks of a multiprocessor that it leaves.
 DYNAMIC = {r"^softmax::staged<": 1, STAGED_COLUMNS: 2}
-TENSOR = re.compile(r"^linear::tensor(_vjp)?<")
+TENSOR = re.compile(r"^(linear::tensor(_vjp)?<|attention::(forward|queries|keys)<(Bf16|F16)\b)")
 
 
 @dataclass

@@ -6,6 +6,7 @@
 namespace jops::JOPS_ISA {
 
 void register_activation(Kernels& table);
+void register_attention(Kernels& table);
 void register_columns(Kernels& table);
 void register_cross_entropy(Kernels& table);
 void register_dropout(Kernels& table);

@@ -8,6 +8,7 @@ const Kernels& kernels() {
   static const Kernels table = [] {
     Kernels all{};
     JOPS_ISA::register_activation(all);
+    JOPS_ISA::register_attention(all);
     JOPS_ISA::register_columns(all);
     JOPS_ISA::register_cross_entropy(all);
     JOPS_ISA::register_dropout(all);
