@@ -298,6 +298,50 @@ def channel_norm(name: str, shape, quick: bool = False) -> Case:
     )
 
 
+def add_norm(name: str, shape) -> Case:
+    """add_layer_norm or add_rms_norm of the last dimension, with its parameters."""
+    ours, native, n = getattr(J, name), getattr(F, name.removeprefix("add_")), shape[-1]
+    columns = 2 if name == "add_layer_norm" else 1
+    size = math.prod(shape)
+
+    def eager(x, r, *c):
+        total = x + r
+        return native(total, (n,), *c, eps=1e-5) + total
+
+    def fused(x, r, *c):
+        y, total = ours(x, r, (n,), *c, eps=1e-5)
+        return y + total
+
+    return Case(
+        name,
+        _label(*shape) + " + its sum",
+        (shape, shape, *((n,),) * columns),
+        {"jacobian_ops": fused, "eager": eager},
+        # Both results are used, by a sum that reads and writes 3.  The residual's cotangent is x's.
+        {
+            "forward": 7 * size,
+            "vjp": 4 * size,
+            "forward+vjp": 11 * size,
+            "jvp": 14 * size,
+            "hvp": 8 * size,
+        },
+    )
+
+
+def gated(name: str, shape, quick: bool = False) -> Case:
+    """A gated unit, swiglu or geglu."""
+    ours, n = getattr(J, name), math.prod(shape)
+    native = F.silu if name == "swiglu" else F.gelu
+    return Case(
+        name,
+        _label(*shape),
+        (shape, shape),
+        {"jacobian_ops": ours, "eager": lambda gate, up: native(gate) * up},
+        {"forward": 3 * n, "vjp": 5 * n, "forward+vjp": 8 * n, "jvp": 6 * n, "hvp": 9 * n},
+        quick=quick,
+    )
+
+
 def _native_attention(q, k, v, causal):
     """The fused op, or what it computes where that has no derivative."""
     if not torch._C._are_functorch_transforms_active():
@@ -306,6 +350,55 @@ def _native_attention(q, k, v, causal):
     if causal:
         s = s.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(1), -torch.inf)
     return s.softmax(-1) @ v
+
+
+def linear_swiglu(m: int, k: int, n: int) -> Case:
+    """(m, k) times two of (k, n), gated."""
+    traffic, flops = _linear_work(m, k, n)
+    return Case(
+        "linear_swiglu",
+        f"{m}x{k} -> {n}",
+        ((m, k), (n, k), (n, k)),
+        {
+            "jacobian_ops": J.linear_swiglu,
+            "eager": lambda x, w, v: F.silu(F.linear(x, w)) * F.linear(x, v),
+        },
+        {mode: 2 * count for mode, count in traffic.items()},
+        {mode: 2 * count for mode, count in flops.items()},
+    )
+
+
+def _rotary(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * torch.cat((cos, cos), -1) + torch.cat((-b, a), -1) * torch.cat((sin, sin), -1)
+
+
+def _with_tables(run: Callable) -> Callable:
+    """``run(x, cos, sin)`` as a function of x, with tables that are made once."""
+    made = {}
+
+    def call(x):
+        key = x.shape[-2:], x.dtype, x.device
+        if key not in made:
+            s, d = x.shape[-2:]
+            angle = torch.linspace(0, 100, s).outer(torch.linspace(1, 0.01, d // 2))
+            made[key] = tuple(t.to(x.device, x.dtype) for t in (angle.cos(), angle.sin()))
+        return run(x, *made[key])
+
+    return call
+
+
+def rotary_embedding(shape) -> Case:
+    """Heads (b, h, s, d), with the tables of their positions."""
+    n = math.prod(shape)
+    return Case(
+        "rotary_embedding",
+        _label(*shape),
+        (shape,),
+        {"jacobian_ops": _with_tables(J.rotary_embedding), "eager": _with_tables(_rotary)},
+        # The VJP needs no x, and the second derivative is that of what follows.
+        {"forward": 2 * n, "vjp": 2 * n, "forward+vjp": 4 * n, "jvp": 4 * n, "hvp": 2 * n},
+    )
 
 
 def softmax_dropout(shape) -> Case:
@@ -422,6 +515,13 @@ CASES = (
     attention((2, 8, 1024, 64), causal=True),
     attention((1, 4, 4096, 64)),
     attention((1, 2, 64, 16), quick=True),
+    add_norm("add_layer_norm", (8192, 1024)),
+    add_norm("add_rms_norm", (8192, 1024)),
+    gated("swiglu", LARGE),
+    gated("swiglu", SMALL, quick=True),
+    gated("geglu", LARGE),
+    linear_swiglu(2048, 1024, 2816),
+    rotary_embedding((4, 16, 1024, 128)),
     dropout((4096, 4096)),
     dropout((256, 1024), quick=True),
     dropout_add((4096, 1024)),
@@ -454,14 +554,23 @@ def _batch_norm(x, weight, bias):
     return y * weight.view(channel) + bias.view(channel)
 
 
+def _rms_norm(x, weight):
+    return x * (x.square().mean(-1, True) + 1e-5).rsqrt() * weight
+
+
 # Written out where the backward of the native op has no forward mode, or a wrong one.
 _WRITTEN_OUT = {
     "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
     "hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
     "hardswish": lambda x: x * ((x + 3).clamp(0, 6) / 6),
     "mish": lambda x: x * torch.tanh(F.softplus(x)),
     "silu": lambda x: x * torch.sigmoid(x),
+    "swiglu": lambda gate, up: gate * torch.sigmoid(gate) * up,
+    "linear_swiglu": lambda x, w, v: (lambda z: z * torch.sigmoid(z))(x @ w.T) * (x @ v.T),
+    "add_layer_norm": lambda x, r, *c: _layer_norm(x + r, *c) + x + r,
+    "add_rms_norm": lambda x, r, weight: _rms_norm(x + r, weight) + x + r,
 }
 
 

@@ -207,6 +207,29 @@ class Check {
     }
   }
 
+  void grid(const char* name, const Grid& g) const {
+    dtype(name, g.dtype);
+    constexpr std::int64_t kMost = std::int64_t{1} << 48;
+    std::int64_t count = g.n > 0 ? g.n : 1, last = g.n - 1;
+    bool none = g.n == 0;
+    if (g.n < 0 || count > kMost) fail(name, "0 to 2^48 elements a vector", std::to_string(g.n));
+    for (int k = 0; k < 3; ++k) {
+      if (g.sizes[k] < 0 || g.strides[k] < 0) fail(name, "sizes and strides of at least 0", "less");
+      none = none || g.sizes[k] == 0;
+      if (__builtin_mul_overflow(count, g.sizes[k] > 0 ? g.sizes[k] : 1, &count) || count > kMost) {
+        fail(name, "at most 2^48 elements", "more");
+      }
+      if (add_product(g.sizes[k] - 1, g.strides[k], &last)) {
+        fail(name, "strides within its elements", "beyond");
+      }
+    }
+    if (none) return;
+    if (g.data == nullptr) fail(name, "a pointer", "null");
+    if (last >= g.extent) {
+      fail(name, "strides within its " + std::to_string(g.extent) + " elements", "beyond");
+    }
+  }
+
   // What belongs to the columns of rows.
   void of_column(const char* name, const Buffer& b, const Rows& r) const {
     if (!b.given()) return;
@@ -394,6 +417,134 @@ void activation_vjp_sum(const Act& act, const Rows& rows, const Buffer& x, const
   run.activation_vjp_sum(act, rows, x, gy, gx, sum, mask, exec);
 }
 
+// An optional matrix of the shape of another one.
+void same_shape(const Check& check, const char* name, const Matrix& a, const Matrix& other) {
+  if (!a.given()) return;
+  check.matrix(name, a);
+  check.same_dtype(name, a.dtype);
+  check.extent(name, "batch", a.batch, other.batch);
+  check.extent(name, "rows", a.rows, other.rows);
+  check.extent(name, "cols", a.cols, other.cols);
+}
+
+// What is added to y: of its shape, rows contiguous.
+void addend(const Check& check, const char* name, const Matrix& a, const Matrix& y) {
+  same_shape(check, name, a, y);
+  if (a.cols > 1) check.extent(name, "column stride", a.col_stride, 1);
+}
+
+struct NamedMatrix {
+  const char* name;
+  const Matrix& matrix;
+};
+
+// Checks matrices of the shape of the first one, whose rows are contiguous; true if there is
+// nothing to do.
+bool by_lines(Check& check, const Act& act, const Matrix& gate,
+              std::initializer_list<NamedMatrix> required,
+              std::initializer_list<NamedMatrix> optional,
+              std::initializer_list<NamedMatrix> outputs) {
+  switch (act.code) {
+    case Activation::kGelu:
+    case Activation::kGeluTanh:
+    case Activation::kSilu:
+      break;
+    default:
+      check.fail("act", "gelu, gelu_tanh or silu", std::to_string(static_cast<int>(act.code)));
+  }
+  check.first("gate", gate);
+  check.extent("gate", "batch", gate.batch, 1);
+  addend(check, "gate", gate, gate);
+  for (const NamedMatrix& m : required) {
+    check.matrix(m.name, m.matrix);
+    if (!m.matrix.given()) check.fail(m.name, "a matrix", "none");
+    addend(check, m.name, m.matrix, gate);
+  }
+  for (const NamedMatrix& m : optional) addend(check, m.name, m.matrix, gate);
+  for (const NamedMatrix& m : outputs) {
+    check.output(m.name, m.matrix, gate.batch, gate.rows, gate.cols);
+  }
+  return Check::empty(gate);
+}
+
+void gated(const Act& act, const Matrix& gate, const Matrix& up, const Matrix& y,
+           const Exec& exec) {
+  Check check("gated", exec);
+  if (by_lines(check, act, gate, {{"up", up}}, {}, {{"y", y}})) return;
+  run.gated(act, gate, up, y, exec);
+}
+
+void gated_jvp(const Act& act, const Matrix& gate, const Matrix& up, const Matrix& tgate,
+               const Matrix& tup, const Matrix& y, const Matrix& ty, const Exec& exec) {
+  Check check("gated_jvp", exec);
+  if (by_lines(check, act, gate, {{"up", up}}, {{"tgate", tgate}, {"tup", tup}},
+               {{"y", y}, {"ty", ty}})) {
+    return;
+  }
+  run.gated_jvp(act, gate, up, tgate, tup, y, ty, exec);
+}
+
+void gated_vjp(const Act& act, const Matrix& gate, const Matrix& up, const Matrix& gy,
+               const Matrix& ggate, const Matrix& gup, const Exec& exec) {
+  Check check("gated_vjp", exec);
+  if (by_lines(check, act, gate, {{"up", up}, {"gy", gy}}, {}, {{"ggate", ggate}, {"gup", gup}})) {
+    return;
+  }
+  run.gated_vjp(act, gate, up, gy, ggate, gup, exec);
+}
+
+void gated_vjp_vjp(const Act& act, const Matrix& gate, const Matrix& up, const Matrix& gy,
+                   const Matrix& hggate, const Matrix& hgup, const Matrix& hgate, const Matrix& hup,
+                   const Matrix& hgy, const Exec& exec) {
+  Check check("gated_vjp_vjp", exec);
+  if (by_lines(check, act, gate, {{"up", up}, {"gy", gy}}, {{"hggate", hggate}, {"hgup", hgup}},
+               {{"hgate", hgate}, {"hup", hup}, {"hgy", hgy}})) {
+    return;
+  }
+  run.gated_vjp_vjp(act, gate, up, gy, hggate, hgup, hgate, hup, hgy, exec);
+}
+
+void gated_vjp_jvp(const Act& act, const Matrix& gate, const Matrix& up, const Matrix& gy,
+                   const Matrix& tgate, const Matrix& tup, const Matrix& tgy, const Matrix& ggate,
+                   const Matrix& gup, const Matrix& tggate, const Matrix& tgup, const Exec& exec) {
+  Check check("gated_vjp_jvp", exec);
+  if (by_lines(check, act, gate, {{"up", up}, {"gy", gy}},
+               {{"tgate", tgate}, {"tup", tup}, {"tgy", tgy}},
+               {{"ggate", ggate}, {"gup", gup}, {"tggate", tggate}, {"tgup", tgup}})) {
+    return;
+  }
+  run.gated_vjp_jvp(act, gate, up, gy, tgate, tup, tgy, ggate, gup, tggate, tgup, exec);
+}
+
+void rotary(const Rotation& rotation, const Grid& x, const Grid& cos, const Grid& sin,
+            const Grid& y, const Exec& exec) {
+  Check check("rotary", exec);
+  check.grid("x", x);
+  check.first("x", Buffer{x.data, x.extent, x.dtype});
+  bool empty = x.n == 0;
+  const auto like_x = [&](const char* name, const Grid& g, std::int64_t n) {
+    check.grid(name, g);
+    check.same_dtype(name, g.dtype);
+    check.extent(name, "elements a vector", g.n, n);
+    for (int k = 0; k < 3; ++k) {
+      check.extent(name, "size", g.sizes[k], x.sizes[k]);
+      empty = empty || g.sizes[k] == 0;
+    }
+  };
+  like_x("y", y, x.n);
+  like_x("cos", cos, cos.n);
+  like_x("sin", sin, cos.n);
+  if (cos.n > x.n / 2) {
+    check.fail("cos", "at most " + std::to_string(x.n / 2) + " elements a vector",
+               std::to_string(cos.n));
+  }
+  for (int k = 0; k < 3; ++k) {
+    if (y.sizes[k] > 1 && y.strides[k] == 0) check.fail("y", "strides above 0", "0");
+  }
+  if (empty) return;
+  run.rotary(rotation, x, cos, sin, y, exec);
+}
+
 void dropout(const Buffer& x, const Buffer& y, const Mask& mask, const Exec& exec) {
   Check check("dropout", exec);
   if (elementwise(check, {{"x", x}, {"y", y}}, mask)) return;
@@ -544,22 +695,6 @@ void linear(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& 
   run.linear(x, w, bias, y, exec);
 }
 
-// An optional matrix of the shape of another one.
-void same_shape(const Check& check, const char* name, const Matrix& a, const Matrix& other) {
-  if (!a.given()) return;
-  check.matrix(name, a);
-  check.same_dtype(name, a.dtype);
-  check.extent(name, "batch", a.batch, other.batch);
-  check.extent(name, "rows", a.rows, other.rows);
-  check.extent(name, "cols", a.cols, other.cols);
-}
-
-// What is added to y: of its shape, rows contiguous.
-void addend(const Check& check, const char* name, const Matrix& a, const Matrix& y) {
-  same_shape(check, name, a, y);
-  if (a.cols > 1) check.extent(name, "column stride", a.col_stride, 1);
-}
-
 void linear_act_dropout(const Matrix& x, const Matrix& w, const Buffer& bias,
                         const Matrix& residual, const Matrix& y, const Matrix& z, const Act& act,
                         const Mask& mask, const Exec& exec) {
@@ -669,14 +804,19 @@ bool normalized(Check& check, const Norm& norm, const Rows& rows,
   return empty;
 }
 
-void norm(const Norm& norm, const Rows& rows, const Buffer& x, const Buffer& weight,
-          const Buffer& bias, const Buffer& y, const Exec& exec) {
+void norm(const Norm& norm, const Rows& rows, const Buffer& x, const Buffer& residual,
+          const Buffer& weight, const Buffer& bias, const Buffer& y, const Buffer& sum,
+          const Exec& exec) {
   Check check("norm", exec);
   const bool empty = normalized(check, norm, rows, {{"x", x}, {"y", y}});
+  if (residual.given() || sum.given()) {
+    check.like_first("residual", residual);
+    check.like_first("sum", sum);
+  }
   check.of_column("weight", weight, rows);
   check.of_column("bias", bias, rows);
   if (empty) return;
-  run.norm(norm, rows, x, weight, bias, y, exec);
+  run.norm(norm, rows, x, residual, weight, bias, y, sum, exec);
 }
 
 void norm_jvp(const Norm& norm, const Rows& rows, const Buffer& x, const Buffer& weight,
@@ -694,13 +834,15 @@ void norm_jvp(const Norm& norm, const Rows& rows, const Buffer& x, const Buffer&
 }
 
 void norm_vjp(const Norm& norm, const Rows& rows, const Buffer& x, const Buffer& weight,
-              const Buffer& gy, const Buffer& gx, const Buffer& sums, const Exec& exec) {
+              const Buffer& gy, const Buffer& gsum, const Buffer& gx, const Buffer& sums,
+              const Exec& exec) {
   Check check("norm_vjp", exec);
   const bool empty = normalized(check, norm, rows, {{"x", x}, {"gy", gy}, {"gx", gx}});
+  check.optional("gsum", gsum);
   check.of_column("weight", weight, rows);
   check.sums("sums", sums, {2, rows.outer, rows.n});
   if (empty) return;
-  run.norm_vjp(norm, rows, x, weight, gy, gx, sums, exec);
+  run.norm_vjp(norm, rows, x, weight, gy, gsum, gx, sums, exec);
 }
 
 void norm_vjp_jvp(const Norm& norm, const Rows& rows, const Buffer& x, const Buffer& weight,
@@ -926,6 +1068,11 @@ Kernels checked(const Kernels& unchecked) {
           activation_vjp_vjp,
           activation_vjp_jvp,
           activation_vjp_sum,
+          gated,
+          gated_jvp,
+          gated_vjp,
+          gated_vjp_vjp,
+          gated_vjp_jvp,
           dropout,
           dropout_add,
           softmax,
@@ -955,6 +1102,7 @@ Kernels checked(const Kernels& unchecked) {
           attention_jvp,
           attention_vjp,
           attention_vjp_jvp,
+          rotary,
           linear,
           linear_act_dropout,
           linear_act_dropout_jvp,

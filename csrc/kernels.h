@@ -123,6 +123,22 @@ struct Scores {
   Heads keep, bias;
 };
 
+// Vectors of n contiguous elements at the points of a grid, strides in elements and not negative (0
+// broadcasts); `extent` elements are reachable from data.
+struct Grid {
+  void* data = nullptr;
+  std::int64_t extent = -1;
+  Dtype dtype = Dtype::kFloat32;
+  std::int64_t n = 0;
+  std::int64_t sizes[3] = {}, strides[3] = {};
+};
+
+// Which elements of a vector are a pair: neighbours, or those at equal places of its halves; and
+// whether angles are negated.
+struct Rotation {
+  bool interleaved = false, inverse = false;
+};
+
 // How to run: the number of threads of the CPU; on a device its stream and, for sums over rows,
 // memory of at least sum_workspace() bytes to put partial sums into.
 struct Exec {
@@ -153,6 +169,21 @@ struct Kernels {
   // gradient of a linear layer beneath it.
   void (*activation_vjp_sum)(const Act&, const Rows&, const Buffer& x, const Buffer& gy,
                              const Buffer& gx, const Buffer& sum, const Mask&, const Exec&);
+
+  // y = f(gate) up for the f of a gate (math/products.h), all of one shape with contiguous rows.
+  // What a product is taken along (tangents, and cotangents in second derivatives) may be absent.
+  void (*gated)(const Act&, const Matrix& gate, const Matrix& up, const Matrix& y, const Exec&);
+  void (*gated_jvp)(const Act&, const Matrix& gate, const Matrix& up, const Matrix& tgate,
+                    const Matrix& tup, const Matrix& y, const Matrix& ty, const Exec&);
+  void (*gated_vjp)(const Act&, const Matrix& gate, const Matrix& up, const Matrix& gy,
+                    const Matrix& ggate, const Matrix& gup, const Exec&);
+  void (*gated_vjp_vjp)(const Act&, const Matrix& gate, const Matrix& up, const Matrix& gy,
+                        const Matrix& hggate, const Matrix& hgup, const Matrix& hgate,
+                        const Matrix& hup, const Matrix& hgy, const Exec&);
+  void (*gated_vjp_jvp)(const Act&, const Matrix& gate, const Matrix& up, const Matrix& gy,
+                        const Matrix& tgate, const Matrix& tup, const Matrix& tgy,
+                        const Matrix& ggate, const Matrix& gup, const Matrix& tggate,
+                        const Matrix& tgup, const Exec&);
 
   void (*dropout)(const Buffer& x, const Buffer& y, const Mask&, const Exec&);
   void (*dropout_add)(const Buffer& x, const Buffer& residual, const Buffer& y, const Mask&,
@@ -186,13 +217,16 @@ struct Kernels {
 
   // With Rows of inner 1. weight, bias and their tangents are (n); any of them may be absent, and
   // tx or tgy. sums: (2, n) the gradients of weight and bias; (4, n) also their tangents.
-  void (*norm)(const Norm&, const Rows&, const Buffer& x, const Buffer& weight, const Buffer& bias,
-               const Buffer& y, const Exec&);
+  // With a residual, sum = x + residual is normalized; gsum is added to gx.
+  void (*norm)(const Norm&, const Rows&, const Buffer& x, const Buffer& residual,
+               const Buffer& weight, const Buffer& bias, const Buffer& y, const Buffer& sum,
+               const Exec&);
   void (*norm_jvp)(const Norm&, const Rows&, const Buffer& x, const Buffer& weight,
                    const Buffer& bias, const Buffer& tx, const Buffer& tweight, const Buffer& tbias,
                    const Buffer& y, const Buffer& ty, const Exec&);
   void (*norm_vjp)(const Norm&, const Rows&, const Buffer& x, const Buffer& weight,
-                   const Buffer& gy, const Buffer& gx, const Buffer& sums, const Exec&);
+                   const Buffer& gy, const Buffer& gsum, const Buffer& gx, const Buffer& sums,
+                   const Exec&);
   void (*norm_vjp_jvp)(const Norm&, const Rows&, const Buffer& x, const Buffer& weight,
                        const Buffer& gy, const Buffer& tx, const Buffer& tweight, const Buffer& tgy,
                        const Buffer& gx, const Buffer& tgx, const Buffer& sums, const Exec&);
@@ -238,6 +272,10 @@ struct Kernels {
                             const Buffer& lse, const Buffer& mu, const Buffer& delta,
                             const Heads& gq, const Heads& gk, const Heads& gv, const Heads& tgq,
                             const Heads& tgk, const Heads& tgv, const Mask&, const Exec&);
+
+  // y = x with its first 2 cos.n elements rotated in pairs (math/rotary.h); all of x's sizes.
+  void (*rotary)(const Rotation&, const Grid& x, const Grid& cos, const Grid& sin, const Grid& y,
+                 const Exec&);
 
   void (*linear)(const Matrix& x, const Matrix& w, const Buffer& bias, const Matrix& y,
                  const Exec&);

@@ -132,6 +132,12 @@ def heads(t: Tensor):
     return t.data_ptr(), extent, DTYPES.get(t.dtype, 0), *sizes, *strides
 
 
+def grid(t: Tensor, sizes, strides):
+    """Vectors along the last dimension of ``t``, contiguous, at the points of a grid of 3 sizes."""
+    extent = t.shape[-1] + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    return t.data_ptr(), extent, DTYPES[t.dtype], t.shape[-1], *sizes, *strides
+
+
 def mask(seed: Tensor | None, p: float):
     """A dropout mask as (p, address of the seeds, number of seeds), one seed a sample."""
     return None if seed is None else (p, seed.data_ptr(), seed.numel())

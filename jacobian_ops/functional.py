@@ -25,10 +25,12 @@ from .autograd import activation as _activation
 from .autograd import attention as _attention
 from .autograd import cross_entropy as _entropy
 from .autograd import dropout as _dropout
+from .autograd import gated as _gated
 from .autograd import group_norm as _groups
 from .autograd import linear as _linear
 from .autograd import linear_cross_entropy as _linear_entropy
 from .autograd import norm as _norms
+from .autograd import rotary as _rotary
 from .autograd import softmax as _softmax
 from .autograd.rule import CPU_KEYS, overwritable, reverse_may_follow
 from .kernels import resolve
@@ -39,11 +41,14 @@ _C = torch._C
 
 __all__ = [
     "batch_norm",
+    "add_layer_norm",
+    "add_rms_norm",
     "celu",
     "cross_entropy",
     "dropout",
     "dropout_add",
     "elu",
+    "geglu",
     "gelu",
     "group_norm",
     "hardsigmoid",
@@ -55,6 +60,7 @@ __all__ = [
     "linear",
     "linear_act_dropout",
     "linear_cross_entropy",
+    "linear_swiglu",
     "log_softmax",
     "logsigmoid",
     "mish",
@@ -62,6 +68,7 @@ __all__ = [
     "relu6",
     "rms_norm",
     "scaled_dot_product_attention",
+    "rotary_embedding",
     "selu",
     "sigmoid",
     "silu",
@@ -69,6 +76,7 @@ __all__ = [
     "softmax_dropout",
     "softmin",
     "softplus",
+    "swiglu",
     "tanh",
 ]
 
@@ -514,6 +522,121 @@ def softmax_dropout(
     return _softmax.softmax_dropout(input, draw_seed(input, generator), dim, p)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` in one pass.  Shazeer, arXiv:2002.05202.
+
+    ``gate`` and ``up`` may be the halves of one tensor, as ``chunk(2, -1)`` gives them: they are
+    read where they are.
+
+    Args:
+        gate: Of any shape.
+        up: The same; another shape or dtype broadcasts and promotes as ``*`` does.
+
+    Returns:
+        Contiguous tensor of the shape of ``gate``, which is kept for the derivative, with ``up``.
+    """
+    if has_torch_function((gate, up)):
+        return handle_torch_function(swiglu, (gate, up), gate, up)
+    return _gate("swiglu", "silu", silu, gate, up)
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """``gelu(gate) * up`` in one pass; as :func:`swiglu`.
+
+    Raises:
+        RuntimeError: ``approximate`` is neither "none" nor "tanh".
+    """
+    if has_torch_function((gate, up)):
+        return handle_torch_function(geglu, (gate, up), gate, up, approximate=approximate)
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError(f"geglu: approximate is {approximate!r}; allowed: 'none', 'tanh'")
+    f = "gelu" if approximate == "none" else "gelu_tanh"
+    return _gate("geglu", f, lambda x: gelu(x, approximate), gate, up)
+
+
+def _gate(op, f, activation, gate, up):
+    """What swiglu and geglu share."""
+    check_tensor(op, "gate", gate)
+    check_tensor(op, "up", up)
+    for name, t in (("gate", gate), ("up", up)):
+        if not _ours(op, t):
+            raise _no_kernels(op, name, t)
+    _check_device(op, gate, "gate", up=up)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        return activation(gate) * up
+    return _gated.gated(gate, up, f)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """``sum = input + residual`` and :func:`layer_norm` of it, in one pass.
+
+    Args:
+        input: A block's output, of any shape that ends in ``normalized_shape``.
+        residual: The block's input; another shape or dtype broadcasts and promotes as ``+`` does.
+        normalized_shape: As for :func:`layer_norm`.
+        weight: As for :func:`layer_norm`.
+        bias: As for :func:`layer_norm`.
+        eps: As for :func:`layer_norm`.
+
+    Returns:
+        The normalized sum, and the sum, the residual of the next block.  It is kept for the
+        derivative, with ``weight``; ``input`` and ``residual`` are not.
+
+    Raises:
+        RuntimeError: As for :func:`layer_norm`.
+        ValueError: ``eps`` is negative.
+    """
+    if has_torch_function((input, residual, weight, bias)):
+        return handle_torch_function(
+            add_layer_norm,
+            (input, residual, weight, bias),
+            input,
+            residual,
+            normalized_shape,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+        )
+    op = "add_layer_norm"
+    return _norm(op, input, normalized_shape, weight, bias, eps, centred=True, residual=residual)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sum = input + residual`` and :func:`rms_norm` of it, in one pass.
+
+    Arguments, results and errors as for :func:`add_layer_norm` and :func:`rms_norm`.
+    """
+    if has_torch_function((input, residual, weight)):
+        return handle_torch_function(
+            add_rms_norm,
+            (input, residual, weight),
+            input,
+            residual,
+            normalized_shape,
+            weight=weight,
+            eps=eps,
+        )
+    op = "add_rms_norm"
+    if eps is None:
+        check_tensor(op, "input", input)
+        check_tensor(op, "residual", residual)
+        eps = _epsilon(torch.promote_types(input.dtype, residual.dtype))
+    return _norm(op, input, normalized_shape, weight, None, eps, centred=False, residual=residual)
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape,
@@ -577,12 +700,26 @@ def rms_norm(
     if not _ours("rms_norm", input):
         return _native("rms_norm", F.rms_norm, input, normalized_shape, weight, eps)
     if eps is None:
-        eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
+        eps = _epsilon(input.dtype)
     return _norm("rms_norm", input, normalized_shape, weight, None, eps, centred=False)
 
 
-def _norm(op, input, normalized_shape, weight, bias, eps, centred):
-    """What layer_norm and rms_norm share, with messages in the words of their arguments."""
+def _epsilon(dtype):
+    """rms_norm's default: of the type that sums run in."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+def _norm(op, input, normalized_shape, weight, bias, eps, centred, residual=None):
+    """What norms share, with messages in the words of their arguments."""
+    if residual is not None:
+        for name, t in (("input", input), ("residual", residual)):
+            check_tensor(op, name, t)
+            if not _ours(op, t):
+                raise _no_kernels(op, name, t)
+        _check_device(op, input, residual=residual)
+        if input.shape != residual.shape or input.dtype != residual.dtype:
+            total = input + residual
+            return _norm(op, total, normalized_shape, weight, bias, eps, centred), total
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise RuntimeError(
@@ -597,6 +734,81 @@ def _norm(op, input, normalized_shape, weight, bias, eps, centred):
         for name, t in (("weight", weight), ("bias", bias))
     ]
     return _norms.norm(input, *columns, len(shape), float(eps), centred)
+
+    columns = []
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check_tensor(op, name, t)
+            if tuple(t.shape) != shape:
+                raise RuntimeError(
+                    f"{op}: {name} has shape {list(t.shape)}; it must be normalized_shape, "
+                    f"{list(shape)}"
+                )
+            wider = t.dtype is torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
+            if centred and t.dtype is not input.dtype and not wider:
+                raise RuntimeError(
+                    f"{op}: {name} has dtype {name_of(t.dtype)}; allowed: that of input, "
+                    f"{name_of(input.dtype)}, or float32 where input is bfloat16 or float16"
+                )
+            t = t.to(input.dtype)
+        columns.append(t)
+    rest = *columns, len(shape), float(eps), centred
+    if residual is not None:
+        return _norms.add_norm(input, _full_precision(residual), *rest)
+    return _norms.norm(input, *rest)
+
+
+def rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding: pairs ``(a, b)`` become ``(a cos - b sin, b cos + a sin)``.
+
+    An orthogonal map, whose VJP is the inverse rotation; it is linear in ``input``, and in ``cos``
+    and ``sin``, which may be learnt.  Heads may be transposed views: they are read where they are,
+    and the result is laid out alike.  Su et al., arXiv:2104.09864.
+
+    Args:
+        input: (..., S, D), as (batch, heads, sequence, features).
+        cos: (S, R/2) with R <= D, or more dimensions, of a shape that broadcasts to
+            ``input.shape[:-1]``: (batch, 1, S, R/2) for positions of each sample.  Features from R
+            on are passed through.  Tables that repeat their angles, (S, R), are sliced first:
+            ``cos[..., : R // 2]``.
+        sin: Of the shape of ``cos``; both are taken in the dtype of ``input``.
+        interleaved: Whether a pair are neighbours, features (2i, 2i + 1), as in GPT-J, and not
+            (i, i + R/2), as in GPT-NeoX and Llama.
+
+    Returns:
+        Tensor of the shape of ``input``; ``cos`` and ``sin`` are kept for the derivative, and
+        ``input`` where they are learnt.
+
+    Raises:
+        RuntimeError: Shapes do not fit.
+    """
+    op = "rotary_embedding"
+    tensors = input, cos, sin
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            rotary_embedding, tensors, *tensors, **_given(interleaved=interleaved)
+        )
+    check_tensor(op, "cos", cos)
+    check_tensor(op, "sin", sin)
+    for name, t in (("input", input), ("cos", cos), ("sin", sin)):
+        if not _ours(op, t):
+            raise _no_kernels(op, name, t)
+    _check_device(op, input, cos=cos, sin=sin)
+    if cos.shape != sin.shape:
+        raise RuntimeError(
+            f"{op}: sin has shape {list(sin.shape)}; it must be that of cos, {list(cos.shape)}"
+        )
+    fits = 0 < cos.dim() <= input.dim() and 2 * cos.shape[-1] <= input.shape[-1]
+    if not fits or any(
+        n not in (1, m) for n, m in zip(cos.shape[-2::-1], input.shape[-2::-1], strict=False)
+    ):
+        raise RuntimeError(
+            f"{op}: cos has shape {list(cos.shape)}; allowed: what broadcasts to "
+            f"{[*input.shape[:-1], 'R/2']} with R at most {list(input.shape[-1:])}"
+        )
+    added = (None,) * (input.dim() - cos.dim())
+    cos, sin = (t.to(input.dtype)[added] for t in (cos, sin))
+    return _rotary.rotary(input, cos, sin, bool(interleaved), False)
 
 
 def cross_entropy(
@@ -1344,6 +1556,40 @@ def linear_act_dropout(
     return y if fused or residual is None else residual + y
 
 
+def linear_swiglu(
+    input: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Tensor:
+    """``silu(x Wg^T + bg) * (x Wu^T + bu)``: :func:`swiglu` of two :func:`linear`.
+
+    Keeps ``input``, the weights and both pre-activations, which would cost two products to have
+    again.
+
+    Args:
+        input: (*, in_features).
+        gate_weight: (out_features, in_features).
+        up_weight: (out_features, in_features).
+        gate_bias: (out_features).
+        up_bias: (out_features).
+
+    Returns:
+        (*, out_features).
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit.
+    """
+    gate, up = linear(input, gate_weight, gate_bias), linear(input, up_weight, up_bias)
+    if gate.shape != up.shape:
+        raise RuntimeError(
+            f"linear_swiglu: up_weight has shape {list(up_weight.shape)}; it must be that of "
+            f"gate_weight, {list(gate_weight.shape)}"
+        )
+    return swiglu(gate, up)
+
+
 def _check_linear(op, weight, bias):
     check_tensor(op, "weight", weight)
     if bias is not None:
@@ -1354,12 +1600,13 @@ def _strided(t):
     return t is None or t.layout is torch.strided
 
 
-def _check_device(op, input, **others):
+def _check_device(op, input, first="input", **others):
     """Raise unless the tensors are where ``input`` is; a meta tensor would pass the dispatcher."""
     for name, t in others.items():
         if t is not None and t.device != input.device:
             raise RuntimeError(
-                f"{op}: {name} is on {t.device}, input is on {input.device}; they must be the same"
+                f"{op}: {name} is on {t.device}, {first} is on {input.device}; they must be the "
+                "same"
             )
 
 

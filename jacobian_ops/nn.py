@@ -24,6 +24,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Dropout",
     "DropoutAdd",
+    "GeGLU",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
@@ -44,6 +45,7 @@ __all__ = [
     "SoftmaxDropout",
     "Softmin",
     "Softplus",
+    "SwiGLU",
     "Tanh",
 ]
 
@@ -469,6 +471,42 @@ class SoftmaxDropout(torch.nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for repr."""
         return f"dim={self.dim}, p={self.p}"
+
+
+class SwiGLU(torch.nn.Module):
+    """``silu(gate) * up`` of the halves of the last dimension: the first half is the gate."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`jacobian_ops.functional.swiglu`."""
+        return F.swiglu(*_halves("SwiGLU", input))
+
+
+class GeGLU(torch.nn.Module):
+    """``gelu(gate) * up`` of the halves of the last dimension: the first half is the gate.
+
+    Args:
+        approximate: As of :class:`torch.nn.GELU`.
+    """
+
+    def __init__(self, approximate: str = "none"):
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply :func:`jacobian_ops.functional.geglu`."""
+        return F.geglu(*_halves("GeGLU", input), self.approximate)
+
+    def extra_repr(self) -> str:
+        """The arguments, for repr."""
+        return f"approximate={self.approximate!r}"
+
+
+def _halves(op, input):
+    if input.dim() == 0 or input.shape[-1] % 2:
+        raise RuntimeError(
+            f"{op}: input has shape {list(input.shape)}; allowed: an even last dimension"
+        )
+    return input.chunk(2, -1)
 
 
 class DropoutAdd(torch.nn.Module):

@@ -41,8 +41,9 @@ REGISTERS = 65536
 STAGED_COLUMNS = r"^softmax::columns<.*, true>$"
 # Kernels for which accesses of 16 bytes, or tensor cores, are the point.
 WIDE = re.compile(
-    r"^(activation::(pointwise|vjp_sum)|dropout::multiply|columns::sum_parts|norm::(held|sweep)"
-    r"|group_norm::normalize"
+    r"^(activation::(pointwise|vjp_sum)|gated::pointwise|rotary::rotate_all"
+    r"|dropout::multiply|columns::sum_parts|group_norm::normalize"
+    r"|norm::(held|sweep)"
     r"|softmax::(team|block|staged|sweep)|linear::(tensor|tiles)(_vjp)?"
     rf"|attention::(forward|queries|keys|delta))<|{STAGED_COLUMNS}"
 )

@@ -481,8 +481,111 @@ LINEAR_ENTROPY = [
     linear_entropy("-ignored", (5, 3), (4, 3), (4,), weighted=True, ignore_index=1),
 ]
 
+
+def both(results):
+    """A norm and its sum as one tensor, so that a case has one output."""
+    return torch.stack(tuple(results))
+
+
+def added(name, *columns, eps=1e-3):
+    """add_layer_norm or add_rms_norm of two (2, 3, 5)."""
+    ours, native = getattr(J, name), getattr(F, name.removeprefix("add_"))
+    primitive = norm_primitive(1, eps, name == "add_layer_norm")
+    return Case(
+        name,
+        lambda x, r, *c: both(ours(x, r, (5,), *c, eps=eps)),
+        lambda x, r, *c: both((primitive(x + r, *c), x + r)),
+        lambda x, r, *c: both((native(x + r, (5,), *c, eps=eps), x + r)),
+        ((2, 3, 5), (2, 3, 5), *columns),
+    )
+
+
+ADD_NORM = [added("add_layer_norm", (5,), (5,)), added("add_rms_norm", (5,))]
+
+GATED = [
+    Case(
+        "swiglu",
+        J.swiglu,
+        lambda a, b: a / (1 + torch.exp(-a)) * b,
+        lambda a, b: F.silu(a) * b,
+        ((3, 5), (3, 5)),
+    ),
+    Case(
+        "swiglu-halves",
+        lambda x: J.swiglu(*x.chunk(2, -1)),
+        lambda x: x[:, :3] / (1 + torch.exp(-x[:, :3])) * x[:, 3:],
+        lambda x: F.silu(x[:, :3]) * x[:, 3:],
+        ((4, 6),),
+    ),
+    Case(
+        "geglu",
+        J.geglu,
+        lambda a, b: a * normal_cdf(a) * b,
+        lambda a, b: F.gelu(a) * b,
+        ((3, 5), (3, 5)),
+    ),
+    Case(
+        "geglu-tanh",
+        lambda a, b: J.geglu(a, b, "tanh"),
+        lambda a, b: gelu_tanh(a) * b,
+        lambda a, b: F.gelu(a, approximate="tanh") * b,
+        ((3, 5), (3, 5)),
+    ),
+    Case(
+        "linear_swiglu",
+        J.linear_swiglu,
+        lambda x, w, v, b, c: (lambda z: z / (1 + torch.exp(-z)))(x @ w.T + b) * (x @ v.T + c),
+        lambda x, w, v, b, c: F.silu(F.linear(x, w, b)) * F.linear(x, v, c),
+        ((4, 3), (5, 3), (5, 3), (5,), (5,)),
+    ),
+]
+
+
+def rotary_primitive(interleaved):
+    def run(x, cos, sin):
+        half = cos.shape[-1]
+        rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+        if interleaved:
+            a, b = rotated.unflatten(-1, (half, 2)).unbind(-1)
+        else:
+            a, b = rotated[..., :half], rotated[..., half:]
+        a, b = a * cos - b * sin, b * cos + a * sin
+        y = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+        return torch.cat((y, rest), -1)
+
+    return run
+
+
+def rotary(name, interleaved, *shapes):
+    primitive = rotary_primitive(interleaved)
+    return Case(
+        "rotary_embedding-" + name,
+        lambda x, c, s: J.rotary_embedding(x, c, s, interleaved),
+        primitive,
+        primitive,
+        shapes,
+    )
+
+
+ROTARY = [
+    rotary("halves", False, (2, 2, 3, 6), (3, 3), (3, 3)),
+    rotary("interleaved", True, (2, 3, 6), (3, 3), (3, 3)),
+    rotary("partial", False, (2, 2, 3, 5), (2, 1, 3, 2), (2, 1, 3, 2)),
+]
+
 CASES = (
-    POINTWISE + SOFTMAX + DROPOUT + LINEAR + NORM + ENTROPY + LINEAR_ENTROPY + GROUPED + ATTENTION
+    POINTWISE
+    + SOFTMAX
+    + DROPOUT
+    + LINEAR
+    + NORM
+    + ENTROPY
+    + LINEAR_ENTROPY
+    + GROUPED
+    + ATTENTION
+    + ADD_NORM
+    + GATED
+    + ROTARY
 )
 
 # Below their public functions all activations are one op: what is about the op takes one of each

@@ -8,10 +8,12 @@ from jacobian_ops.autograd import (
     attention,
     cross_entropy,
     dropout,
+    gated,
     group_norm,
     linear,
     linear_cross_entropy,
     norm,
+    rotary,
     softmax,
 )
 
@@ -193,6 +195,36 @@ SAMPLES = {
             *(leaf(1, 2, 2, 1), None, *PLAIN, False),
         ),
     ],
+    "add_norm": [
+        (leaf(2, 3, 4), leaf(2, 3, 4), leaf(4), leaf(4), 1, 0.1, True),
+        (leaf(2, 3, 4), leaf(2, 3, 4), leaf(3, 4), None, 2, 0.1, False),
+    ],
+    "add_norm_vjp": [
+        (leaf(2, 3, 4), leaf(4), leaf(2, 3, 4), leaf(2, 3, 4), 1, 0.1, True),
+        (leaf(3, 4), None, leaf(3, 4), leaf(3, 4), 1, 0.1, False),
+    ],
+    "gated": [(leaf(3, 4), leaf(3, 4), "silu"), (leaf(3, 4).T, leaf(4, 3), "gelu")],
+    "gated_jvp": [
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), "silu"),
+        (leaf(3, 4), leaf(3, 4), None, leaf(3, 4), "gelu"),
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), None, "gelu_tanh"),
+    ],
+    "gated_vjp": [(leaf(3, 4), leaf(3, 4), leaf(3, 4), "gelu")],
+    "gated_vjp_vjp": [
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), "silu"),
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), None, leaf(3, 4), "silu"),
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), None, "gelu"),
+    ],
+    "gated_vjp_jvp": [
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), "silu"),
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), None, leaf(3, 4), None, "silu"),
+        (leaf(3, 4), leaf(3, 4), leaf(3, 4), leaf(3, 4), None, leaf(3, 4), "gelu"),
+    ],
+    "rotary": [
+        (leaf(2, 3, 6), leaf(1, 3, 3), leaf(1, 3, 3), False, False),
+        (leaf(2, 3, 5), leaf(2, 1, 2), leaf(2, 1, 2), True, True),
+        (leaf(3, 2, 6).transpose(0, 1), leaf(1, 3, 3), leaf(1, 3, 3), False, True),
+    ],
     "linear": [(leaf(3, 4), leaf(5, 4), leaf(5)), (leaf(2, 3, 4), leaf(2, 5, 4), None)],
     "linear_vjp": [
         (leaf(3, 5), leaf(3, 4), leaf(5, 4), True),
@@ -236,6 +268,8 @@ ORDERS = {
     "activation_jvp": lambda args: 1,
     "linear_act_dropout_vjp": lambda args: 1,
     "linear_act_dropout_jvp": lambda args: 1,
+    "gated_vjp_vjp": lambda args: 1 + (args[3] is not None),
+    "gated_vjp_jvp": lambda args: 1 + (args[3] is not None),
     "activation_vjp_vjp": lambda args: args[-1] + 1,
     "activation_vjp_jvp": lambda args: args[-1] + (args[2] is not None),
 }
@@ -244,10 +278,12 @@ MODULES = (
     attention,
     cross_entropy,
     dropout,
+    gated,
     group_norm,
     linear,
     linear_cross_entropy,
     norm,
+    rotary,
     softmax,
 )
 # Writes into its arguments, and has no derivative.

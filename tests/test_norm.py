@@ -82,6 +82,56 @@ def test_absent_operands(ours, centred):
             )
 
 
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_added_to_a_residual(ours, n, dtype, centred):
+    """The sum is rounded once, and what is normalized is the rounded one."""
+    rows = 3 if n > 1024 else 21
+    x, residual, gy, gsum = (torch.randn(rows, n).to(dtype) for _ in range(4))
+    weight, bias = (torch.randn(n).to(dtype) for _ in range(2))
+    consts = 1, 0.1, centred
+    same = torch.testing.assert_close
+    y, total = kernels.add_norm(x, residual, weight, bias, *consts)
+    same(total, x + residual, rtol=0, atol=0)
+    same(y, kernels.norm(total, weight, bias, *consts), rtol=0, atol=0)
+    gx, sums = kernels.add_norm_vjp(total, weight, gy, gsum, *consts)
+    alone, same_sums = kernels.norm_vjp(total, weight, gy, *consts)
+    same(sums, same_sums, rtol=0, atol=0)
+    want = alone.double() + gsum.double()
+    assert (gx.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_one_result_alone(ours):
+    """A loss of the normalized sum, or of the sum."""
+    x, residual, weight = (torch.randn(s, requires_grad=True) for s in ((4, 6), (4, 6), (6,)))
+    inputs = x, residual, weight
+    for i in range(2):
+        got = J.add_layer_norm(x, residual, (6,), weight)[i].sin().sum()
+        total = x + residual
+        want = (F.layer_norm(total, (6,), weight), total)[i].sin().sum()
+        for a, b in zip(
+            torch.autograd.grad(got, inputs, allow_unused=True),
+            torch.autograd.grad(want, inputs, allow_unused=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_only_the_sum_is_saved(ours):
+    x, residual, weight = (torch.randn(s, requires_grad=True) for s in ((4, 6), (4, 6), (6,)))
+    y, total = J.add_rms_norm(x, residual, (6,), weight)
+    saved = [t.data_ptr() for t in y.grad_fn.saved_tensors]
+    assert saved == [total.data_ptr(), weight.data_ptr()]
+
+
+def test_residual_of_another_shape_and_dtype(ours):
+    x, residual = torch.randn(3, 4, 5), torch.randn(4, 5, dtype=torch.float64)
+    y, total = J.add_rms_norm(x, residual, (5,))
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(y, F.rms_norm(total, (5,)))
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 0, 5)])
 def test_empty(ours, shape):
     x = torch.randn(shape, requires_grad=True)
@@ -196,6 +246,14 @@ def test_modules():
         (lambda x: J.layer_norm(x, (4,), [1.0] * 4), TypeError, "weight must be Tensor"),
         (lambda x: J.layer_norm(x, (4,), eps=-1.0), ValueError, "eps is -1.0; it must be"),
         (lambda x: J.rms_norm(x.long(), (4,)), RuntimeError, "input has dtype int64"),
+        (lambda x: J.add_rms_norm(x, 1.0, (4,)), TypeError, "residual must be Tensor, not float"),
+        (lambda x: J.add_layer_norm(x, x.long(), (4,)), NotImplementedError, "residual has dtype"),
+        (lambda x: J.add_layer_norm(x, x, (3,)), RuntimeError, "add_layer_norm: normalized_shape"),
+        (
+            lambda x: kernels.add_norm(x, x[:2], None, None, 1, 0.1, True),
+            RuntimeError,
+            r"add_norm: residual has shape \[2, 4\], x has shape",
+        ),
         (lambda x: kernels.norm(x, None, None, 3, 0.1, True), RuntimeError, "dims is 3; allowed"),
         (lambda x: kernels.norm(x, None, None, 1, -0.1, True), ValueError, "eps is -0.1"),
         (

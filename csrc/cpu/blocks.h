@@ -57,7 +57,9 @@ void register_cross_entropy(Kernels& table);
 void register_attention(Kernels& table);
 void register_dropout(Kernels& table);
 void register_group_norm(Kernels& table);
+void register_gated(Kernels& table);
 void register_norm(Kernels& table);
+void register_rotary(Kernels& table);
 void register_softmax(Kernels& table);
 
 // Block primitives work on a few KiB that stay in L1: compute type A (float or double), unit

@@ -20,6 +20,9 @@ struct Call {
   std::int64_t step[kMaxIn];               // from a row to the next one
   const Compute<T>* column[kNormColumns];  // up to a whole vector
   T* out[kMaxOut];
+  const T* added;  // or null, and what it is added to if that is x
+  const T* x;
+  T* sum;
   std::int64_t n;
   Compute<T> eps;
   bool streams;
@@ -92,6 +95,24 @@ JOPS_HD void add_up(const Call<T>& call, std::int64_t row, Compute<T> fill,
   for (int k = 0; k < kCount; ++k) total[k] = jops::JOPS_ISA::sum(sum[k]);
 }
 
+// A row of x + added, which is then the row that is normalized.
+template <class T>
+void add_row(const Call<T>& call, std::int64_t row) {
+  using V = Vec<Compute<T>>;
+  constexpr std::int64_t kAhead = 4096 / sizeof(T);
+  const T *x = call.x + row * call.n, *added = call.added + row * call.n;
+  T* sum = call.sum + row * call.n;
+  std::int64_t j = 0;
+  for (; j + V::kLanes <= call.n; j += V::kLanes) {
+    prefetch(x + j + kAhead);
+    prefetch(added + j + kAhead);
+    store(sum + j, load(x + j) + load(added + j));
+  }
+  if (j == call.n) return;
+  const int count = static_cast<int>(call.n - j);
+  store_n(sum + j, load_n(x + j, count) + load_n(added + j, count), count);
+}
+
 // One row; its terms of the sums over rows are added to sums[k * pitch + j].
 template <class Row, bool kCentred, class T>
 void normalize(const Call<T>& call, std::int64_t row, Compute<T>* sums, std::int64_t pitch) {
@@ -123,12 +144,16 @@ void normalize(const Call<T>& call, std::int64_t row, Compute<T>* sums, std::int
   for (int k = 0; k < kQ; ++k) here.a[k] = V(of[1 + k] * inverse * r);
   if constexpr (Row::kCross) here.cross = V(of[1 + kQ] * inverse) - here.a[0] * here.a[1];
 
-  const auto put = [&](const At<Row, T>& at, std::int64_t j, const auto& write) {
+  const auto put = [&](const At<Row, T>& at, std::int64_t j, int count, const auto& write) {
     here.x = (at.in[0] - V(mean[0])) * here.r;
 #pragma GCC unroll 3
     for (int k = 0; k < kQ; ++k) here.p[k] = at.q[k] - V(mean[1 + k]) - here.x * here.a[k];
     V out[Row::kOut], terms[Row::kColumnSums > 0 ? Row::kColumnSums : 1];
     Row::emit(at.in, at.c, here, out, terms);
+    if constexpr (Row::kAdded == Added::kOutput) {
+      const T* added = call.added + row * call.n + j;
+      if (call.added) out[0] += count == V::kLanes ? load(added) : load_n(added, count);
+    }
 #pragma GCC unroll 2
     for (int k = 0; k < Row::kOut; ++k) write(call.out[k] + row * call.n + j, out[k]);
 #pragma GCC unroll 4
@@ -142,7 +167,7 @@ void normalize(const Call<T>& call, std::int64_t row, Compute<T>* sums, std::int
   const auto whole = [&](const auto& write) {
     for (; j + V::kLanes <= call.n; j += V::kLanes) {
       at.read(call, row, j);
-      put(at, j, write);
+      put(at, j, V::kLanes, write);
     }
   };
   if (call.streams)
@@ -152,7 +177,7 @@ void normalize(const Call<T>& call, std::int64_t row, Compute<T>* sums, std::int
   if (j < call.n) {
     const int count = static_cast<int>(call.n - j);
     at.read_last(call, row, j, count, A(0));
-    put(at, j, [&](T* to, const V& v) { store_n(to, v, count); });
+    put(at, j, count, [&](T* to, const V& v) { store_n(to, v, count); });
   }
 }
 
@@ -160,7 +185,7 @@ struct Launch {
   template <class Row, bool kCentred>
   static void run(double eps, const Rows& rows, const Buffer (&in)[Row::kIn],
                   const Buffer (&of_column)[kNormColumns], const Buffer (&out)[Row::kOut],
-                  const Buffer& sums, const Exec& exec) {
+                  const Buffer& sums, const Buffer& added, const Buffer& sum, const Exec& exec) {
     with_storage(in[0].dtype, [&](auto storage) {
       using T = decltype(storage);
       using A = Compute<T>;
@@ -172,6 +197,12 @@ struct Launch {
       for (int k = 0; k < Row::kIn; ++k) {
         call.in[k] = in[k].given() ? static_cast<const T*>(in[k].data) : zeros.data;
         call.step[k] = in[k].given() ? rows.n : 0;
+      }
+      call.added = static_cast<const T*>(added.data);
+      if (Row::kAdded == Added::kInput && call.added) {
+        call.x = call.in[0];
+        call.sum = static_cast<T*>(sum.data);
+        call.in[0] = call.sum;
       }
       const Aligned<A> columns(kNormColumns * pitch);
       for (int k = 0; k < kNormColumns; ++k) {
@@ -202,6 +233,7 @@ struct Launch {
         for (std::int64_t j = 0; j < kKinds * pitch; ++j) to[j] = 0;
         const std::int64_t last = least(rows.outer, (task + 1) * most_rows);
         for (std::int64_t row = task * most_rows; row < last; ++row) {
+          if (Row::kAdded == Added::kInput && call.added) add_row(call, row);
           normalize<Row, kCentred>(call, row, to, pitch);
         }
         if (call.streams) stream_fence();

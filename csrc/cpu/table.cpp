@@ -9,7 +9,9 @@ Kernels table() {
   register_attention(kernels);
   register_dropout(kernels);
   register_group_norm(kernels);
+  register_gated(kernels);
   register_norm(kernels);
+  register_rotary(kernels);
   register_softmax(kernels);
   register_linear(kernels);
   register_probe(kernels);

@@ -11,9 +11,11 @@ void register_columns(Kernels& table);
 void register_cross_entropy(Kernels& table);
 void register_dropout(Kernels& table);
 void register_group_norm(Kernels& table);
+void register_gated(Kernels& table);
 void register_linear(Kernels& table);
 void register_log_softmax(Kernels& table);
 void register_norm(Kernels& table);
+void register_rotary(Kernels& table);
 void register_softmax(Kernels& table);
 void register_softmax_dropout(Kernels& table);
 

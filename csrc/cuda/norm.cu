@@ -12,7 +12,7 @@ struct Launch {
   template <class Row, bool kCentred>
   static void run(double eps, const Rows& rows, const Buffer (&in)[Row::kIn],
                   const Buffer (&of_column)[kNormColumns], const Buffer (&out)[Row::kOut],
-                  const Buffer& sums, const Exec& exec) {
+                  const Buffer& sums, const Buffer& added, const Buffer& sum, const Exec& exec) {
     with_storage(in[0].dtype, [&](auto storage) {
       using T = decltype(storage);
       Call<T> call{};
@@ -29,6 +29,9 @@ struct Launch {
         call.out[k] = static_cast<T*>(out[k].data);
         call.packs = call.packs && packs_at(out[k].data);
       }
+      call.added = static_cast<const T*>(added.data);
+      call.sum = static_cast<T*>(sum.data);
+      call.packs = call.packs && packs_at(added.data) && packs_at(sum.data);
       call.partial = static_cast<Compute<T>*>(exec.workspace);
       call.rows = rows.outer;
       call.n = rows.n;

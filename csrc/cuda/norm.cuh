@@ -18,6 +18,8 @@ struct Call {
   const T* in[kMaxIn];
   const T* of_column[kNormColumns];
   T* out[kMaxOut];
+  const T* added;  // or null, and where the sum goes if that is to x
+  T* sum;
   A* partial;  // sums over the rows of a block: (kColumnSums, blocks, n)
   std::int64_t rows, n;
   A eps;
@@ -60,9 +62,31 @@ struct Block {
     if (from == nullptr || count == 0) return make_uint4(0, 0, 0, 0);
     return call.packs ? dev::load16(from + at) : load_some(from + at, count);
   }
-  __device__ __forceinline__ void read(int p, std::int64_t j) {
+  __device__ __forceinline__ void write(T* to, const A (&numbers)[kEach], std::int64_t j) const {
+    if (call.packs)
+      dev::store16(to + row * call.n + j, pack<T>(numbers));
+    else
+      store_some(to + row * call.n + j, numbers, count_at(j));
+  }
+  __device__ __forceinline__ void add(A (&numbers)[kEach], std::int64_t j) const {
+    A more[kEach];
+    unpack<T>(words(call.added, row * call.n + j, count_at(j)), more);
 #pragma unroll
-    for (int k = 0; k < Row::kIn; ++k) raw[p][k] = words(call.in[k], row * call.n + j, count_at(j));
+    for (int i = 0; i < kEach; ++i) numbers[i] += more[i];
+  }
+  // `last`: whether these are read for the last time.
+  __device__ __forceinline__ void read(int p, std::int64_t j, bool last) {
+    const int count = count_at(j);
+#pragma unroll
+    for (int k = 0; k < Row::kIn; ++k) raw[p][k] = words(call.in[k], row * call.n + j, count);
+    if constexpr (Row::kAdded == Added::kInput) {
+      if (call.added == nullptr || count == 0) return;
+      A sum[kEach];
+      unpack<T>(raw[p][0], sum);
+      add(sum, j);
+      raw[p][0] = pack<T>(sum);
+      if (last) write(call.sum, sum, j);
+    }
   }
 
   // f(p, j, i, in, c, q) for every element j + i of the thread, pack p.
@@ -89,14 +113,14 @@ struct Block {
   }
   // f(p, j) for the thread's packs of the row; they are in raw[p].
   template <class F>
-  __device__ __forceinline__ void packs(const F& f) {
+  __device__ __forceinline__ void packs(bool last, const F& f) {
     if constexpr (kHeld) {
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) f(p, column(p));
     } else {
 #pragma unroll 1
       for (std::int64_t j = column(0); j < call.n; j += static_cast<int>(blockDim.x) * kEach) {
-        read(0, j);
+        read(0, j, last);
         f(0, j);
       }
     }
@@ -106,11 +130,11 @@ struct Block {
     const A inverse = A(1) / static_cast<A>(call.n);
     if constexpr (kHeld) {
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p) read(p, column(p));
+      for (int p = 0; p < kPacks; ++p) read(p, column(p), true);
     }
     A mean[1 + kQ] = {};
     if constexpr (kCentred) {
-      packs([&](int p, std::int64_t j) {
+      packs(false, [&](int p, std::int64_t j) {
         elements(p, j, [&](int, const A* in, const A*, const A* q) {
           mean[0] += in[0];
 #pragma unroll
@@ -122,7 +146,7 @@ struct Block {
       for (int k = 0; k < 1 + kQ; ++k) mean[k] *= inverse;
     }
     A sum[kSums] = {};
-    packs([&](int p, std::int64_t j) {
+    packs(false, [&](int p, std::int64_t j) {
       elements(p, j, [&](int, const A* in, const A*, const A* q) {
         const A x = in[0] - mean[0];
         sum[0] = fma(x, x, sum[0]);
@@ -138,9 +162,8 @@ struct Block {
     for (int k = 0; k < kQ; ++k) at.a[k] = sum[1 + k] * inverse * at.r;
     if constexpr (Row::kCross) at.cross = sum[1 + kQ] * inverse - at.a[0] * at.a[1];
 
-    packs([&](int p, std::int64_t j) {
-      const int count = count_at(j);
-      if (count == 0) return;
+    packs(true, [&](int p, std::int64_t j) {
+      if (count_at(j) == 0) return;
       A out[Row::kOut][kEach];
       elements(p, j, [&](int i, const A* in, const A* c, const A* q) {
         at.x = (in[0] - mean[0]) * at.r;
@@ -160,14 +183,11 @@ struct Block {
           }
         }
       });
-#pragma unroll
-      for (int k = 0; k < Row::kOut; ++k) {
-        T* to = call.out[k] + row * call.n + j;
-        if (call.packs)
-          dev::store16(to, pack<T>(out[k]));
-        else
-          store_some(to, out[k], count);
+      if constexpr (Row::kAdded == Added::kOutput) {
+        if (call.added) add(out[0], j);
       }
+#pragma unroll
+      for (int k = 0; k < Row::kOut; ++k) write(call.out[k], out[k], j);
     });
   }
 

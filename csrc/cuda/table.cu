@@ -13,9 +13,11 @@ const Kernels& kernels() {
     JOPS_ISA::register_cross_entropy(all);
     JOPS_ISA::register_dropout(all);
     JOPS_ISA::register_group_norm(all);
+    JOPS_ISA::register_gated(all);
     JOPS_ISA::register_linear(all);
     JOPS_ISA::register_log_softmax(all);
     JOPS_ISA::register_norm(all);
+    JOPS_ISA::register_rotary(all);
     JOPS_ISA::register_softmax(all);
     JOPS_ISA::register_softmax_dropout(all);
     return checked(all);

@@ -6,8 +6,8 @@
 //
 // Each struct says what a product needs: kIn inputs along the row, kOut outputs, kQuantities
 // quantities, whether mean(q0 q1) is one of the sums (kCross), and kColumnSums numbers that are
-// added up over the rows. c[] are the numbers that belong to a column. Generic over scalars and
-// vectors.
+// added up over the rows. c[] are the numbers that belong to a column. kAdded says what a further
+// operand is added to, if there is one. Generic over scalars and vectors.
 #pragma once
 
 #include <cmath>
@@ -15,6 +15,10 @@
 #include "common.h"
 
 namespace jops::JOPS_ISA {
+
+// To x first, where the sum is then an output too (a residual); or to the first output (the
+// cotangent of that sum).
+enum class Added { kNowhere, kInput, kOutput };
 
 enum NormColumn { kWeight, kBias, kTangentWeight, kTangentBias, kNormColumns };
 
@@ -34,6 +38,7 @@ struct NormAt {
 struct NormRow {  // x -> y = w x^ + b
   static constexpr int kIn = 1, kOut = 1, kQuantities = 0, kColumnSums = 0;
   static constexpr bool kCross = false;
+  static constexpr Added kAdded = Added::kInput;
   template <class V>
   static JOPS_HD void quantities(const V*, const V*, V*) {}
   template <class V>
@@ -45,6 +50,7 @@ struct NormRow {  // x -> y = w x^ + b
 struct NormJvpRow {  // x, tx -> y, ty = w r P(tx) + tw x^ + tb
   static constexpr int kIn = 2, kOut = 2, kQuantities = 1, kColumnSums = 0;
   static constexpr bool kCross = false;
+  static constexpr Added kAdded = Added::kNowhere;
   template <class V>
   static JOPS_HD void quantities(const V* in, const V*, V* q) {
     q[0] = in[1];
@@ -59,6 +65,7 @@ struct NormJvpRow {  // x, tx -> y, ty = w r P(tx) + tw x^ + tb
 struct NormVjpRow {  // x, gy -> gx = r P(w gy); sums: gw = x^ gy, gb = gy
   static constexpr int kIn = 2, kOut = 1, kQuantities = 1, kColumnSums = 2;
   static constexpr bool kCross = false;
+  static constexpr Added kAdded = Added::kOutput;
   template <class V>
   static JOPS_HD void quantities(const V* in, const V* c, V* q) {
     q[0] = c[kWeight] * in[1];
@@ -76,6 +83,7 @@ struct NormVjpRow {  // x, gy -> gx = r P(w gy); sums: gw = x^ gy, gb = gy
 struct NormVjpJvpRow {
   static constexpr int kIn = 4, kOut = 2, kQuantities = 3, kColumnSums = 4;
   static constexpr bool kCross = true;
+  static constexpr Added kAdded = Added::kNowhere;
   template <class V>
   static JOPS_HD void quantities(const V* in, const V* c, V* q) {
     q[0] = c[kWeight] * in[1];

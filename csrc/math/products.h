@@ -1,6 +1,8 @@
 // The products of an elementwise activation f: what each reads, and what it writes given the jet
 // of f at in[0], which is x. A dropout multiplier scales all outputs; kAdds: residuals may be added
 // to them after that.
+//
+// Gated units: Shazeer, GLU variants improve transformer, 2020, arXiv:2002.05202.
 #pragma once
 
 #include "../kernels.h"
@@ -64,6 +66,75 @@ struct VjpJvp {  // x, gy, tx[, tgy] -> gx, tgx
     if constexpr (kTgy) out[1] += times<F>(derivative<kOrder>(j), in[3]);
   }
 };
+
+// The products of a gated unit y = f(a) b: in[0] is a, in[1] is b.
+
+struct GatedValue {  // a, b -> y
+  static constexpr int kIn = 2, kOut = 1;
+  static constexpr bool kAdds = false;
+  template <class F, class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = j.f * in[1];
+  }
+};
+
+struct GatedJvp {  // a, b, ta, tb -> y, ty = f' b ta + f tb
+  static constexpr int kIn = 4, kOut = 2;
+  static constexpr bool kAdds = false;
+  template <class F, class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = j.f * in[1];
+    out[1] = fma(j.d1 * in[1], in[2], j.f * in[3]);
+  }
+};
+
+struct GatedVjp {  // a, b, gy -> ga = f' b gy, gb = f gy
+  static constexpr int kIn = 3, kOut = 2;
+  static constexpr bool kAdds = false;
+  template <class F, class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = j.d1 * in[1] * in[2];
+    out[1] = j.f * in[2];
+  }
+};
+
+struct GatedVjpVjp {  // a, b, gy, h of ga and of gb -> the cotangents of a, b and gy
+  static constexpr int kIn = 5, kOut = 3;
+  static constexpr bool kAdds = false;
+  template <class F, class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    out[0] = in[2] * fma(j.d2 * in[1], in[3], j.d1 * in[4]);
+    out[1] = j.d1 * in[2] * in[3];
+    out[2] = fma(j.d1 * in[1], in[3], j.f * in[4]);
+  }
+};
+
+// a, b, gy, ta, tb, tgy -> ga, gb, tga = f'' b gy ta + f' (gy tb + b tgy), tgb = f' gy ta + f tgy
+struct GatedVjpJvp {
+  static constexpr int kIn = 6, kOut = 4;
+  static constexpr bool kAdds = false;
+  template <class F, class V>
+  static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
+    const V along = j.d1 * in[2];
+    out[0] = along * in[1];
+    out[1] = j.f * in[2];
+    out[2] = fma(j.d2 * in[1] * in[2], in[3], fma(along, in[4], j.d1 * in[1] * in[5]));
+    out[3] = fma(along, in[3], j.f * in[5]);
+  }
+};
+
+// Calls f(F()) with the struct of an activation that gates.
+template <class Result, class Callback>
+JOPS_HD Result with_gate(Activation code, const Callback& f) {
+  switch (code) {
+    case Activation::kGelu:
+      return f(Gelu());
+    case Activation::kGeluTanh:
+      return f(GeluTanh());
+    default:
+      return f(Silu());
+  }
+}
 
 // Calls f(F()) with the activation's struct.
 template <class Result, class Callback>

@@ -312,3 +312,79 @@ norm, norm_jvp, norm_vjp, norm_vjp_jvp = family(
     "int dims, float eps, bool centred",
     lambda x, dims, *_: x.shape[x.dim() - dims :],
 )
+
+
+class AddNorm(_Rows):
+    """y = norm(sum) and sum = x + residual.  The sum is all that is saved beside the weight."""
+
+    schema = (
+        "add_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, int dims, float eps, "
+        "bool centred) -> (Tensor, Tensor)"
+    )
+    of_column = (2, 3)
+
+    def fake(x, *_):
+        return fake(x), fake(x)
+
+    def kernel(*args):
+        return kernels.add_norm(*args)
+
+    def save(args, out, needs):
+        return out[1], args[2]
+
+    def vjp(saved, consts, needs, gy, gsum):
+        total, weight = saved
+        if gy is None:
+            return _needed(needs, (gsum, gsum, None, None), ())
+        if gsum is None:
+            gx, (gweight, gbias) = norm_vjp(total, weight, gy, *consts)
+        else:
+            gx, (gweight, gbias) = add_norm_vjp(total, weight, gy, gsum, *consts)
+        return _needed(needs, (gx, gx, gweight, gbias), ())
+
+    def jvp(primals, out, tangents):
+        weight, bias = primals[2:4]
+        tx, tresidual, *of_column = tangents
+        tsum = tx if tresidual is None else tresidual if tx is None else tx + tresidual
+        return norm_jvp(out[1], weight, bias, tsum, *of_column, *primals[4:])[1], tsum
+
+    def dual(primals, tangents):
+        x, residual, weight, bias, *consts = primals
+        tx, tresidual, *of_column = tangents
+        total = x + residual
+        tsum = tx if tresidual is None else tresidual if tx is None else tx + tresidual
+        y, ty = norm_jvp(total, weight, bias, tsum, *of_column, *consts)
+        return (y, total), (ty, tsum)
+
+
+class AddNormVjp(_Rows):
+    """norm_vjp at the sum, with the cotangent of the sum itself added in the same pass."""
+
+    schema = (
+        "add_norm_vjp(Tensor total, Tensor? weight, Tensor gy, Tensor gsum, int dims, float eps, "
+        "bool centred) -> (Tensor, Tensor)"
+    )
+    of_column = (1,)
+    sums = 2
+
+    def fake(total, weight, gy, gsum, dims, *_):
+        return fake(total), total.new_empty((2, *total.shape[total.dim() - dims :]))
+
+    def kernel(*args):
+        return kernels.add_norm_vjp(*args)
+
+    def composite(total, weight, gy, gsum, *consts):
+        gx, sums = norm_vjp(total, weight, gy, *consts)
+        return gx + gsum, sums
+
+    @classmethod
+    def vmap(cls, info, dims, *args):
+        if dims[1] is not None:
+            return cls.by_sample(info, dims, args)
+        total, weight, gy, gsum = _rows_front(info, dims[:4], args[:4], cls.of_column)
+        (gx, sums), out = _vjp_of_samples(total, weight, gy, *args[4:])
+        return (gx + gsum, sums), out
+
+
+add_norm = define(AddNorm)
+add_norm_vjp = define(AddNormVjp)

@@ -242,7 +242,8 @@ def _function(rule, base, forward, tensors):
             ty = rule.jvp(primals, out, tangents[:tensors])
             if isinstance(ty, tuple):  # the engine wants a tangent for each of several outputs
                 ty = tuple(
-                    torch.zeros_like(o) if t is None else t for o, t in zip(out, ty, strict=True)
+                    torch.zeros_like(o) if t is None and i not in rule.not_differentiable else t
+                    for i, (o, t) in enumerate(zip(out, ty, strict=True))
                 )
             return ty
 

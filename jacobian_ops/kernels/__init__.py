@@ -25,6 +25,7 @@ from .cross_entropy import (
     cross_entropy_vjp_jvp,
 )
 from .dropout import dropout, dropout_add, dropout_jvp, dropout_vjp
+from .gated import GATES, gated, gated_jvp, gated_vjp, gated_vjp_jvp, gated_vjp_vjp
 from .group_norm import (
     batch_norm,
     group_norm,
@@ -47,7 +48,8 @@ from .linear_cross_entropy import (
     linear_cross_entropy_vjp,
     linear_cross_entropy_vjp_jvp,
 )
-from .norm import norm, norm_jvp, norm_vjp, norm_vjp_jvp
+from .norm import add_norm, add_norm_vjp, norm, norm_jvp, norm_vjp, norm_vjp_jvp
+from .rotary import rotary
 from .softmax import (
     log_softmax,
     log_softmax_jvp,
@@ -66,6 +68,7 @@ from .softmax import (
 )
 
 __all__ = [
+    "GATES",
     "MAX_ORDER",
     "NAMES",
     "Activation",
@@ -80,6 +83,8 @@ __all__ = [
     "attention_jvp",
     "attention_vjp",
     "attention_vjp_jvp",
+    "add_norm",
+    "add_norm_vjp",
     "column_sum",
     "cross_entropy",
     "cross_entropy_jvp",
@@ -93,6 +98,11 @@ __all__ = [
     "group_norm_jvp",
     "group_norm_vjp",
     "group_norm_vjp_jvp",
+    "gated",
+    "gated_jvp",
+    "gated_vjp",
+    "gated_vjp_jvp",
+    "gated_vjp_vjp",
     "linear",
     "linear_act_dropout",
     "linear_act_dropout_jvp",
@@ -114,6 +124,7 @@ __all__ = [
     "norm_vjp",
     "norm_vjp_jvp",
     "resolve",
+    "rotary",
     "softmax",
     "softmax_dropout",
     "softmax_dropout_jvp",

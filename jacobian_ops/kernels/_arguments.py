@@ -64,12 +64,8 @@ def check_p(op: str, p: float) -> None:
         )
 
 
-def operands(op: str, names: tuple[str, ...], tensors, row_major: bool = False):
-    """Checked tensors of one shape in one dense layout.  None stays None.
-
-    The layout is that of ``torch.empty_like(first)``: the first tensor's own where it is dense.
-    With ``row_major`` it is the logical order, for kernels that count elements.
-    """
+def check_operands(op: str, names: tuple[str, ...], tensors) -> None:
+    """Raise unless the tensors have one shape, dtype and device; None is one that is absent."""
     x = tensors[0]
     ready = isinstance(x, Tensor) and x.dtype in _backend.DTYPES
     for t in tensors[1:] if ready else ():
@@ -82,6 +78,15 @@ def operands(op: str, names: tuple[str, ...], tensors, row_major: bool = False):
             break
     if not ready:
         _raise_mismatch(op, names, tensors)
+
+
+def operands(op: str, names: tuple[str, ...], tensors, row_major: bool = False):
+    """Checked tensors of one shape in one dense layout.  None stays None.
+
+    The layout is that of ``torch.empty_like(first)``: the first tensor's own where it is dense.
+    With ``row_major`` it is the logical order, for kernels that count elements.
+    """
+    check_operands(op, names, tensors)
     for t in tensors:
         if t is not None and (not t.is_contiguous() or t.is_neg()):
             return _align(tensors, row_major)

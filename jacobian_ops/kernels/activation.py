@@ -78,7 +78,8 @@ def resolve(op: str, name: str | Activation, **params: float) -> Activation:
 
 
 @functools.lru_cache(maxsize=256)
-def _native_act(f: Activation):
+def native_act(f: Activation):
+    """An activation as the backend takes it."""
     code = _backend.ACTIVATION_CODES.get(f.function)
     if code is None:
         allowed = ", ".join(_backend.ACTIVATION_CODES)
@@ -87,7 +88,7 @@ def _native_act(f: Activation):
 
 
 def _act(op, name, params):
-    return _native_act(resolve(op, name, **params))
+    return native_act(resolve(op, name, **params))
 
 
 def _run(op, names, tensors, out, name, params, seed, p, order=None):

@@ -24,11 +24,11 @@ from ._arguments import (
     seed_tensor,
 )
 from .activation import (
-    _native_act,
     activation,
     activation_jvp,
     activation_vjp,
     activation_vjp_sum,
+    native_act,
     resolve,
 )
 
@@ -329,7 +329,7 @@ def linear_act_dropout(
             _described(residual, _backend.matrix),
             _backend.matrix(_matrix(y)),
             _described(_matrix(z), _backend.matrix),
-            _native_act(f),
+            native_act(f),
             _backend.mask(seed, p),
         )
     return y, z
@@ -420,7 +420,7 @@ def linear_act_dropout_vjp(
     gx = None if weight is None else gy.new_empty((*batch, rows, weight.shape[-1]))
     gweight = None if x is None else gy.new_empty((*batch, cols, x.shape[-1]))
     gbias = gy.new_empty((*batch, cols)) if needs[2] else None
-    act, mask = _native_act(f), _backend.mask(seed, p)
+    act, mask = native_act(f), _backend.mask(seed, p)
     _run_vjp(op, x, weight, gy, gx, gweight, gbias, (_described(s, _backend.buffer),), (act, mask))
     return gx, gweight, gbias
 
@@ -462,7 +462,7 @@ def _dual(op, x, weight, bias, tx, tweight, tbias, f, p, seed, residual=None, tr
             _backend.matrix(_matrix(y)),
             _backend.matrix(_matrix(ty)),
             None,
-            _native_act(f),
+            native_act(f),
             _backend.mask(seed, p),
         )
     return y, ty

@@ -19,20 +19,22 @@ from .. import _backend
 from ._arguments import arrays_too, check_dtype, check_same, operands, result_like
 
 
-def _run(op, x, dims, eps, centred, along, of_column, order, results, kinds=0):
-    """Check and run the kernel ``op``.
+def _run(op, kernel, x, dims, eps, centred, along, of_column, order, results, kinds=0, unwanted=0):
+    """Check and run a kernel.
 
     Args:
-        op: A name of ``csrc/bindings.cpp``.
+        op: For messages.
+        kernel: A name of ``csrc/bindings.cpp``.
         x: The input.
         dims: How many of the last dimensions are a row.
         eps: Added to the variance.
         centred: Whether the mean is subtracted.
         along: Other tensors of the shape of ``x``, or None, by name.
         of_column: Tensors of the shape of a row, or None, by name.
-        order: The names of all of them as the kernel takes them.
+        order: The names of all of them as the kernel takes them; None for one that is absent.
         results: How many tensors like ``x`` come out.
         kinds: How many sums over the rows come out, in one tensor.
+        unwanted: How many outputs after these the kernel is to leave out.
     """
     check_dtype(op, "x", x)
     if not 1 <= dims <= x.dim():
@@ -40,7 +42,7 @@ def _run(op, x, dims, eps, centred, along, of_column, order, results, kinds=0):
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}; it must be at least 0")
     shape = x.shape[-dims:]
-    ready = {}
+    ready = {None: None}
     for name, t in of_column.items():
         if t is not None:
             check_same(op, "x", x, name, t)
@@ -63,11 +65,12 @@ def _run(op, x, dims, eps, centred, along, of_column, order, results, kinds=0):
             op,
             "x",
             x,
-            op,
+            kernel,
             (eps, centred),
             (rows, n, 1, 1.0),
             *(None if ready[k] is None else _backend.buffer(ready[k]) for k in order),
             *map(_backend.buffer, out),
+            *(None,) * unwanted,
             sums=(kinds, rows, n, 1.0) if kinds else None,
         )
     elif kinds:
@@ -97,7 +100,37 @@ def norm(
         ValueError: ``eps`` is negative.
     """
     columns = {"weight": weight, "bias": bias}
-    return _run("norm", x, dims, eps, centred, {}, columns, ("x", "weight", "bias"), 1)[0]
+    order = ("x", None, "weight", "bias")
+    return _run("norm", "norm", x, dims, eps, centred, {}, columns, order, 1, unwanted=1)[0]
+
+
+@arrays_too
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: int,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`norm` of ``sum = x + residual``, rounded to its dtype, and ``sum``, in one pass.
+
+    Args:
+        x: As for :func:`norm`.
+        residual: Of the shape and dtype of ``x``.
+        weight: As for :func:`norm`.
+        bias: As for :func:`norm`.
+        dims: As for :func:`norm`.
+        eps: As for :func:`norm`.
+        centred: As for :func:`norm`.
+
+    Returns:
+        The normalized sum, and the sum.
+    """
+    columns, along = {"weight": weight, "bias": bias}, {"residual": residual}
+    order = ("x", "residual", "weight", "bias")
+    return _run("add_norm", "norm", x, dims, eps, centred, along, columns, order, 2)
 
 
 @arrays_too
@@ -118,7 +151,7 @@ def norm_jvp(
     """
     columns = {"weight": weight, "bias": bias, "tweight": tweight, "tbias": tbias}
     order = ("x", "weight", "bias", "tx", "tweight", "tbias")
-    return _run("norm_jvp", x, dims, eps, centred, {"tx": tx}, columns, order, 2)
+    return _run("norm_jvp", "norm_jvp", x, dims, eps, centred, {"tx": tx}, columns, order, 2)
 
 
 @arrays_too
@@ -130,9 +163,29 @@ def norm_vjp(
     Returns:
         ``gx``, and a tensor (2, row): the sums over rows of ``x^ * gy`` and of ``gy``.
     """
-    columns = {"weight": weight}
-    order = ("x", "weight", "gy")
-    return _run("norm_vjp", x, dims, eps, centred, {"gy": gy}, columns, order, 1, 2)
+    columns, along = {"weight": weight}, {"gy": gy}
+    order = ("x", "weight", "gy", None)
+    return _run("norm_vjp", "norm_vjp", x, dims, eps, centred, along, columns, order, 1, 2)
+
+
+@arrays_too
+def add_norm_vjp(
+    total: Tensor,
+    weight: Tensor | None,
+    gy: Tensor,
+    gsum: Tensor,
+    dims: int,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """VJP of :func:`add_norm`: :func:`norm_vjp` at the sum, with ``gsum`` added in the same pass.
+
+    Returns:
+        The cotangent of ``x`` and of ``residual``, which is one, and that of weight and bias.
+    """
+    columns, along = {"weight": weight}, {"gy": gy, "gsum": gsum}
+    order = ("x", "weight", "gy", "gsum")
+    return _run("add_norm_vjp", "norm_vjp", total, dims, eps, centred, along, columns, order, 1, 2)
 
 
 @arrays_too
@@ -160,4 +213,4 @@ def norm_vjp_jvp(
     columns = {"weight": weight, "tweight": tweight}
     along = {"gy": gy, "tx": tx, "tgy": tgy}
     order = ("x", "weight", "gy", "tx", "tweight", "tgy")
-    return _run("norm_vjp_jvp", x, dims, eps, centred, along, columns, order, 2, 4)
+    return _run("norm_vjp_jvp", "norm_vjp_jvp", x, dims, eps, centred, along, columns, order, 2, 4)
