@@ -185,7 +185,7 @@ struct Fma {
   // c += x y, over kDepth of both from `first` of x on
   template <class X>
   static __device__ __forceinline__ void multiply(Tile& c, const X& x, int first, const Lines& y) {
-#pragma unroll
+#pragma unroll 4  // more would be read ahead than there are registers for
     for (int k = 0; k < kDepth; ++k) {
       const Group a = x.of[first + k][threadIdx.x / 16], b = y.of[k][threadIdx.x % 16];
 #pragma unroll
