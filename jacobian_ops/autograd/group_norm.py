@@ -32,7 +32,8 @@ class _Grouped(Rule):
         out = cls.op(*merged, *cls.of_batch(batch, args[n:]))
         if isinstance(out, Tensor):
             return out.unflatten(1, (batch, channels)), 1
-        return tuple(o.unflatten(1, (batch, channels)) for o in out), (1,) * len(out)
+        at = tuple(min(1, o.dim() - 1) for o in out)  # numbers of channels alone, or more
+        return tuple(o.unflatten(d, (batch, channels)) for o, d in zip(out, at, strict=True)), at
 
     @staticmethod
     def of_batch(batch, consts):
@@ -102,8 +103,8 @@ class BatchNorm(_Grouped):
         return args[:2]
 
     def vjp(saved, consts, needs, gy, _):
-        gx, (gweight, gbias) = group_norm_vjp(*saved, gy, None, 0, *consts)
-        return tuple(g if n else None for g, n in zip((gx, gweight, gbias), needs, strict=False))
+        gradients = group_norm_vjp(*saved, gy, None, 0, *consts)
+        return tuple(g if n else None for g, n in zip(gradients, needs, strict=False))
 
     def jvp(primals, out, tangents):
         return group_norm_jvp(*primals[:3], *tangents, None, 0, *primals[3:])[1], None

@@ -66,6 +66,11 @@ def _needed(needs, gradients, rest):
     return (*kept, *(None for _ in rest))
 
 
+def _apart(*results, sums):
+    """An op's results: each sum a tensor of its own, as views of one break torch.compile."""
+    return (*results, *(s.clone() for s in sums))
+
+
 def family(name, base, primitive, constants, of_weight):
     """The four ops of a norm.
 
@@ -81,7 +86,7 @@ def family(name, base, primitive, constants, of_weight):
     fixed = constants.count("Tensor")
 
     def fake_sums(kinds, x, *rest):
-        return x.new_empty((kinds, *of_weight(x, *rest)))
+        return (x.new_empty(of_weight(x, *rest)) for _ in range(kinds))
 
     class Norm(base):
         """y = weight * x^ + bias."""
@@ -100,8 +105,7 @@ def family(name, base, primitive, constants, of_weight):
 
         def vjp(saved, consts, needs, gy):
             x, weight, *rest = saved
-            gx, (gweight, gbias) = norm_vjp(x, weight, gy, *rest, *consts)
-            return _needed(needs, (gx, gweight, gbias), rest)
+            return _needed(needs, norm_vjp(x, weight, gy, *rest, *consts), rest)
 
         def jvp(primals, y, tangents):
             return Norm.dual(primals, tangents)[1]
@@ -130,10 +134,11 @@ def family(name, base, primitive, constants, of_weight):
         def vjp(saved, consts, needs, gy, gty):
             x, weight, tx, tweight, *rest = saved
             if gty is None:
-                gx, (gweight, gbias) = norm_vjp(x, weight, gy, *rest, *consts)
-                return _needed(needs, (gx, gweight, gbias, None, None, None), rest)
-            gtx, gx, sums = norm_vjp_jvp(x, weight, gty, tx, tweight, gy, *rest, *consts)
-            gtweight, gtbias, gweight, gbias = sums
+                gradients = norm_vjp(x, weight, gy, *rest, *consts)
+                return _needed(needs, (*gradients, None, None, None), rest)
+            gtx, gx, gtweight, gtbias, gweight, gbias = norm_vjp_jvp(
+                x, weight, gty, tx, tweight, gy, *rest, *consts
+            )
             return _needed(needs, (gx, gweight, gbias, gtx, gtweight, gtbias), rest)
 
         def jvp(primals, out, tangents):
@@ -167,58 +172,62 @@ def family(name, base, primitive, constants, of_weight):
             return out, NormJvp.jvp(primals, out, tangents)
 
     class NormVjp(base):
-        """gx = r * P(weight * gy), and the cotangents of weight and bias, stacked."""
+        """gx = r * P(weight * gy), and the cotangents of weight and bias."""
 
-        schema = f"{name}_vjp(Tensor x, Tensor? weight, Tensor gy, {constants}) -> (Tensor, Tensor)"
+        schema = (
+            f"{name}_vjp(Tensor x, Tensor? weight, Tensor gy, {constants}) "
+            "-> (Tensor, Tensor, Tensor)"
+        )
         of_column = (1,)
         sums = 2
 
         def fake(x, weight, gy, *rest):
-            return fake(x), fake_sums(2, x, *rest)
+            return fake(x), *fake_sums(2, x, *rest)
 
         def kernel(*args):
-            return getattr(kernels, f"{name}_vjp")(*args)
+            gx, sums = getattr(kernels, f"{name}_vjp")(*args)
+            return _apart(gx, sums=sums)
 
         def save(args, out, needs):
             return args[: 3 + fixed]
 
-        def vjp(saved, consts, needs, hx, hsums):
+        def vjp(saved, consts, needs, hx, hweight, hbias):
             x, weight, gy, *rest = saved
             more = *rest, *consts
-            hweight, hbias = (None, None) if hsums is None else hsums
             ggy = norm_jvp(x, weight, None, hx, hweight, hbias, *more)[1] if needs[2] else None
             gx = gweight = None
             if needs[0] or needs[1]:
-                _, gx, sums = norm_vjp_jvp(x, weight, gy, hx, hweight, None, *more)
-                gweight = sums[2]
+                _, gx, _, _, gweight, _ = norm_vjp_jvp(x, weight, gy, hx, hweight, None, *more)
             return _needed(needs, (gx, gweight, ggy), rest)
 
         def jvp(primals, out, tangents):
             return NormVjp.dual(primals, tangents)[1]
 
         def dual(primals, tangents):
-            gx, tgx, sums = norm_vjp_jvp(*primals[:3], *tangents[:3], *primals[3:])
-            return (gx, sums[:2]), (tgx, sums[2:])
+            gx, tgx, gw, gb, tgw, tgb = norm_vjp_jvp(*primals[:3], *tangents[:3], *primals[3:])
+            return (gx, gw, gb), (tgx, tgw, tgb)
 
     class NormVjpJvp(base):
         """The VJP and its tangent along (tx, tweight, tgy), in one pass."""
 
         schema = (
             f"{name}_vjp_jvp(Tensor x, Tensor? weight, Tensor gy, Tensor? tx, Tensor? tweight, "
-            f"Tensor? tgy, {constants}) -> (Tensor, Tensor, Tensor)"
+            f"Tensor? tgy, {constants}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
         )
         of_column = (1, 4)
         sums = 4
 
         def fake(x, weight, gy, tx, tweight, tgy, *rest):
-            return fake(x), fake(x), fake_sums(4, x, *rest)
+            return fake(x), fake(x), *fake_sums(4, x, *rest)
 
         def kernel(*args):
-            return getattr(kernels, f"{name}_vjp_jvp")(*args)
+            gx, tgx, sums = getattr(kernels, f"{name}_vjp_jvp")(*args)
+            return _apart(gx, tgx, sums=sums)
 
         def composite(x, weight, gy, tx, tweight, tgy, *rest):
             if x.numel() == 0:
-                return fake(x), fake(x), fake_sums(4, x, *rest).zero_()
+                sums = (t.zero_() for t in fake_sums(4, x, *rest))
+                return fake(x), fake(x), *sums
             at = primitive(x, weight, *rest)
             gy = at.along(gy)
             p = at.weighted(gy)
@@ -237,8 +246,8 @@ def family(name, base, primitive, constants, of_weight):
                 bent = at.x * at.mean(p * ptx) + at.mean(at.x * tx) * pp + at.mean(at.x * p) * ptx
                 tgx = tgx - at.r * at.r * bent
                 tgweight = tgweight + at.r * ptx * gy
-            sums = torch.stack([at.sums(s) for s in (at.x * gy, gy, tgweight, tgbias)])
-            return tuple(t.to(x.dtype) for t in (at.back(at.r * pp), at.back(tgx), sums))
+            sums = map(at.sums, (at.x * gy, gy, tgweight, tgbias))
+            return tuple(t.to(x.dtype) for t in (at.back(at.r * pp), at.back(tgx), *sums))
 
     rules = Norm, NormJvp, NormVjp, NormVjpJvp
     for rule in rules:
@@ -289,12 +298,12 @@ def _rows_front(info, dims, args, of_column):
 
 def _vjp_of_samples(x, weight, gy, ndims, eps, centred):
     """One call for all rows; the sums over each sample's own from the normalized input."""
-    gx, _ = norm_vjp(x, weight, gy, ndims, eps, centred)
+    gx, _, _ = norm_vjp(x, weight, gy, ndims, eps, centred)
     wide = Primitive.wide(gy)
     normalized = norm(Primitive.wide(x), None, None, ndims, eps, centred)
     rows = tuple(range(1, x.dim() - ndims))
-    sums = [t.sum(rows) if rows else t for t in (normalized * wide, wide)]
-    return (gx, torch.stack(sums, 1).to(x.dtype)), (0, 0)
+    sums = (t.sum(rows) if rows else t for t in (normalized * wide, wide))
+    return (gx, *(s.to(x.dtype) for s in sums)), (0, 0, 0)
 
 
 class _OfRows(Primitive):
@@ -337,9 +346,9 @@ class AddNorm(_Rows):
         if gy is None:
             return _needed(needs, (gsum, gsum, None, None), ())
         if gsum is None:
-            gx, (gweight, gbias) = norm_vjp(total, weight, gy, *consts)
+            gx, gweight, gbias = norm_vjp(total, weight, gy, *consts)
         else:
-            gx, (gweight, gbias) = add_norm_vjp(total, weight, gy, gsum, *consts)
+            gx, gweight, gbias = add_norm_vjp(total, weight, gy, gsum, *consts)
         return _needed(needs, (gx, gx, gweight, gbias), ())
 
     def jvp(primals, out, tangents):
@@ -362,28 +371,30 @@ class AddNormVjp(_Rows):
 
     schema = (
         "add_norm_vjp(Tensor total, Tensor? weight, Tensor gy, Tensor gsum, int dims, float eps, "
-        "bool centred) -> (Tensor, Tensor)"
+        "bool centred) -> (Tensor, Tensor, Tensor)"
     )
     of_column = (1,)
     sums = 2
 
     def fake(total, weight, gy, gsum, dims, *_):
-        return fake(total), total.new_empty((2, *total.shape[total.dim() - dims :]))
+        row = total.shape[total.dim() - dims :]
+        return fake(total), total.new_empty(row), total.new_empty(row)
 
     def kernel(*args):
-        return kernels.add_norm_vjp(*args)
+        gx, sums = kernels.add_norm_vjp(*args)
+        return _apart(gx, sums=sums)
 
     def composite(total, weight, gy, gsum, *consts):
-        gx, sums = norm_vjp(total, weight, gy, *consts)
-        return gx + gsum, sums
+        gx, *sums = norm_vjp(total, weight, gy, *consts)
+        return gx + gsum, *sums
 
     @classmethod
     def vmap(cls, info, dims, *args):
         if dims[1] is not None:
             return cls.by_sample(info, dims, args)
         total, weight, gy, gsum = _rows_front(info, dims[:4], args[:4], cls.of_column)
-        (gx, sums), out = _vjp_of_samples(total, weight, gy, *args[4:])
-        return (gx + gsum, sums), out
+        (gx, *sums), out = _vjp_of_samples(total, weight, gy, *args[4:])
+        return (gx + gsum, *sums), out
 
 
 add_norm = define(AddNorm)
