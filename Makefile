@@ -26,7 +26,7 @@ CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu*' 'example
   'tests/cuda_on_host/*.h' 'tests/cuda_on_host/*.cpp' 'tests/cuda_on_host/*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-cuda-on-host sanitize-cuda-on-host cuda-gate bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
+.PHONY: help build demo examples test test-cuda-on-host sanitize-cuda-on-host cuda-gate bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.14.1] [VENV=.venv] [CUDA=1]"
@@ -52,12 +52,17 @@ build: $(BUILT)  ## make the environment and build the package in place
 demo: $(BUILT)  ## train a small transformer on real digits, native and ours, and compare
 	$(PY) -m examples.digits
 
+examples: $(BUILT)  ## one-step generation with MeanFlow, and eigenvalues of a Hessian
+	$(PY) -m examples.hvp
+	$(PY) -m examples.meanflow
+
 # Twice: with every call going to our own kernels, then as users run it, where tiny calls and some
 # matrix products go to torch.  Both passes run, even when the first fails; the second one leaves out
 # ops and tests in which nothing can go to torch, and those of compiled graphs and of single
 # dispatcher ops, which are ours however small they are.
 WITHOUT_TORCH = --routed $(patsubst %,--ignore=tests/test_%.py, \
-  bench compile cuda_gate dispatcher dropout host_memory info limits norm packaging runtime)
+  attention bench compile cross_entropy cuda_gate dispatcher dropout gated group_norm host_memory \
+  info limits norm packaging products rotary runtime)
 test: $(BUILT)  ## run the tests, with and without what is left to torch
 	@status=0; \
 	echo "== every call through our own kernels"; \

@@ -10,6 +10,7 @@ import torch  # noqa: F401  first: the native module shares the OpenMP runtime t
 from . import functional, kernels, nn
 from .info import __version__, build_info
 from .memory import release_host_memory, retain_host_memory
+from .products import jvp
 from .replace import replace, restore
 from .tuning import autotune
 
@@ -18,6 +19,7 @@ __all__ = [
     "autotune",
     "build_info",
     "functional",
+    "jvp",
     "kernels",
     "nn",
     "release_host_memory",

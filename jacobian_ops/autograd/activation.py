@@ -132,6 +132,7 @@ class ActivationJvp(Rule):
         "activation_jvp(Tensor x, Tensor tx, Tensor? seed, str f, float[] params, float p)"
         " -> (Tensor, Tensor)"
     )
+    tangent_outputs = (1,)
 
     def kernel(x, tx, seed, f, params, p):
         return kernels.activation_jvp(x, tx, _act(f, params), seed=seed, p=p)

@@ -219,6 +219,7 @@ class AttentionJvp(Rule):
     """o, its tangent, lse and its tangent.  Its VJP keeps a trained jvp in tiles."""
 
     schema = f"attention_jvp({_QKV}, {_TANGENTS}, {_CONSTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    tangent_outputs = (1, 3)
 
     def fake(q, k, v, *_):
         return _fake_o(q, v), _fake_o(q, v), _fake_row(q), _fake_row(q)

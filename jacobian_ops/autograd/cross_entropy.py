@@ -156,6 +156,7 @@ class CrossEntropyJvp(_Loss):
         "cross_entropy_jvp(Tensor x, Tensor target, Tensor? weight, Tensor tx, int dim, "
         "int ignore_index, float smoothing) -> (Tensor, Tensor)"
     )
+    tangent_outputs = (1,)
 
     def fake(x, target, weight, tx, dim, *_):
         return losses_like(x, dim), losses_like(x, dim)

@@ -87,6 +87,7 @@ class GatedJvp(Rule):
     schema = (
         "gated_jvp(Tensor gate, Tensor up, Tensor? tgate, Tensor? tup, str f) -> (Tensor, Tensor)"
     )
+    tangent_outputs = (1,)
 
     def fake(gate, *_):
         return _fake(gate), _fake(gate)

@@ -124,6 +124,7 @@ class LinearJvp(Rule):
         "linear_jvp(Tensor x, Tensor weight, Tensor? bias, Tensor? tx, Tensor? tweight,"
         " Tensor? tbias) -> (Tensor, Tensor)"
     )
+    tangent_outputs = (1,)
     kernel = kernels.linear_jvp
 
     def fake(x, weight, *_):

@@ -98,6 +98,7 @@ class LinearCrossEntropyJvp(_Chunked):
     """The losses and their tangents."""
 
     schema = f"linear_cross_entropy_jvp({_ARGUMENTS}, {_TANGENTS}, {_CONSTS}) -> (Tensor, Tensor)"
+    tangent_outputs = (1,)
 
     def fake(x, *_):
         return _fake_losses(x), _fake_losses(x)

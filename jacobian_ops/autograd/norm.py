@@ -120,6 +120,7 @@ def family(name, base, primitive, constants, of_weight):
             f"{name}_jvp(Tensor x, Tensor? weight, Tensor? bias, Tensor? tx, Tensor? tweight, "
             f"Tensor? tbias, {constants}) -> (Tensor, Tensor)"
         )
+        tangent_outputs = (1,)
         of_column = (1, 2, 4, 5)
 
         def fake(x, *_):

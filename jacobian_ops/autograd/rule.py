@@ -24,6 +24,7 @@ Inside the Autograd kernel, at whatever level a transform has brought us to:
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -77,6 +78,9 @@ class Rule:
     schema: str
     composite: Callable | None = None
     not_differentiable: tuple[int, ...] = ()  # outputs: their tangents are None
+    # Of an op that computes a primal and its tangent: the tangents among the outputs.  Those among
+    # the arguments are called t<name of the primal>.
+    tangent_outputs: tuple[int, ...] = ()
 
     deferred = False
 
@@ -132,10 +136,62 @@ def reverse_may_follow(tensors) -> bool:
     return any(level.key() == _C._functorch.TransformType.Grad for level in levels)
 
 
+class _Tangents(threading.local):
+    """Which level of torch.func.jvp has tangents without a graph, and whether one is computed."""
+
+    level: int | None = None
+    constant = False
+
+
+_tangents = _Tangents()
+
+
+@contextlib.contextmanager
+def constant_tangents():
+    """The tangents of torch.func's innermost level, a jvp's, are constants for what is outside.
+
+    The ops then keep for a VJP what the primal's needs, and nothing of the tangents.
+    """
+    outer, _tangents.level = _tangents.level, _level()
+    try:
+        yield
+    finally:
+        _tangents.level = outer
+
+
+def _level() -> int | None:
+    stack = _C._functorch.get_interpreter_stack()
+    return stack[-1].level() if stack else None
+
+
+@contextlib.contextmanager
+def _constant():
+    outer, _tangents.constant = _tangents.constant, True
+    try:
+        yield
+    finally:
+        _tangents.constant = outer
+
+
+def _of_tangents():
+    """A context for the product of primal and tangent at this level."""
+    if _tangents.level is None or _tangents.level != _level():
+        return contextlib.nullcontext()
+    return _constant()
+
+
+def _tangent_inputs(schema: str) -> tuple[int, ...]:
+    """The places of the arguments t<name> for which there is a <name>."""
+    declared = schema.split("(", 1)[1].split(")")[0].split(",")
+    names = [argument.split()[-1] for argument in declared]
+    return tuple(i for i, name in enumerate(names) if name[0] == "t" and name[1:] in names)
+
+
 def define(rule: type[Rule]) -> Callable:
     """Register ``rule`` and return the callable that picks the way for each call."""
     name = rule.schema.split("(")[0]
     tensors = rule.tensors = rule.schema.split("->")[0].count("Tensor")
+    rule.tangent_inputs = _tangent_inputs(rule.schema) if rule.tangent_outputs else ()
     if rule.deferred:
         _differentiate_composite(rule)
     LIBRARY.define(rule.schema)
@@ -216,11 +272,18 @@ def _function(rule, base, forward, tensors):
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         ctx.consts = inputs[tensors:]
-        ctx.save_for_backward(*rule.save(inputs, output, ctx.needs_input_grad))
-        # Held during this call only, and only for jvp.
         outputs = output if isinstance(output, tuple) else (output,)
-        if rule.not_differentiable:
-            ctx.mark_non_differentiable(*(outputs[i] for i in rule.not_differentiable))
+        ctx.without_tangent = rule.not_differentiable
+        if rule.tangent_outputs and _tangents.constant:
+            ctx.without_tangent = rule.tangent_outputs
+            needed = _without(ctx.needs_input_grad, rule.tangent_inputs, False)
+            kept = _without(inputs, rule.tangent_inputs), _without(outputs, rule.tangent_outputs)
+            ctx.save_for_backward(*rule.save(*kept, needed))
+        else:
+            ctx.save_for_backward(*rule.save(inputs, output, ctx.needs_input_grad))
+        if ctx.without_tangent:
+            ctx.mark_non_differentiable(*(outputs[i] for i in ctx.without_tangent))
+        # Held during this call only, and only for jvp.
         ctx.save_for_forward(*inputs[:tensors], *outputs)
 
     def backward(ctx, *gy):
@@ -241,8 +304,9 @@ def _function(rule, base, forward, tensors):
         ):
             ty = rule.jvp(primals, out, tangents[:tensors])
             if isinstance(ty, tuple):  # the engine wants a tangent for each of several outputs
+                ty = _without(ty, ctx.without_tangent)
                 ty = tuple(
-                    torch.zeros_like(o) if t is None and i not in rule.not_differentiable else t
+                    torch.zeros_like(o) if t is None and i not in ctx.without_tangent else t
                     for i, (o, t) in enumerate(zip(out, ty, strict=True))
                 )
             return ty
@@ -259,6 +323,10 @@ def _function(rule, base, forward, tensors):
     )
     body = {name: staticmethod(method) for name, method in methods.items()}
     return type(rule.__name__, (base,), body | {"__doc__": rule.__doc__})
+
+
+def _without(values, places, nothing=None):
+    return tuple(nothing if i in places else v for i, v in enumerate(values))
 
 
 def _autograd_kernel(rule, op, tensors):
@@ -291,7 +359,8 @@ def _autograd_kernel(rule, op, tensors):
                         # The primal must not become batched: two calls instead of a dual.
                         y = op(*primals)
                         return _join(y, rule.jvp(primals, y, tangents))
-                    return _join(*rule.dual(primals, tangents))
+                    with _of_tangents():
+                        return _join(*rule.dual(primals, tangents))
         with _C._AutoDispatchBelowAutograd():
             return op(*args)
 

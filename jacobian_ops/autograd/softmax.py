@@ -103,6 +103,7 @@ class SoftmaxJvp(_Rows):
     """
 
     schema = "softmax_jvp(Tensor x, Tensor tx, int dim, float scale) -> (Tensor, Tensor)"
+    tangent_outputs = (1,)
     fake = _fake2
 
     def kernel(x, tx, dim, scale):
@@ -241,6 +242,7 @@ class LogSoftmaxJvp(_Rows):
     """y = log_softmax(x), ty = tx - <exp(y), tx>.  Its VJP keeps a trained jvp fused."""
 
     schema = "log_softmax_jvp(Tensor x, Tensor tx, int dim) -> (Tensor, Tensor)"
+    tangent_outputs = (1,)
     fake = _fake2
 
     def kernel(x, tx, dim):
