@@ -733,25 +733,6 @@ def _norm(op, input, normalized_shape, weight, bias, eps, centred, residual=None
         _parameter(op, input, name, t, shape, "normalized_shape", strict=centred)
         for name, t in (("weight", weight), ("bias", bias))
     ]
-    return _norms.norm(input, *columns, len(shape), float(eps), centred)
-
-    columns = []
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            check_tensor(op, name, t)
-            if tuple(t.shape) != shape:
-                raise RuntimeError(
-                    f"{op}: {name} has shape {list(t.shape)}; it must be normalized_shape, "
-                    f"{list(shape)}"
-                )
-            wider = t.dtype is torch.float32 and input.dtype in (torch.bfloat16, torch.float16)
-            if centred and t.dtype is not input.dtype and not wider:
-                raise RuntimeError(
-                    f"{op}: {name} has dtype {name_of(t.dtype)}; allowed: that of input, "
-                    f"{name_of(input.dtype)}, or float32 where input is bfloat16 or float16"
-                )
-            t = t.to(input.dtype)
-        columns.append(t)
     rest = *columns, len(shape), float(eps), centred
     if residual is not None:
         return _norms.add_norm(input, _full_precision(residual), *rest)
