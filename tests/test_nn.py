@@ -57,6 +57,12 @@ ARGUMENTS = {
     ],
     "BatchNorm2d": [dict(num_features=64, momentum=0.3)],
     "BatchNorm3d": [dict(num_features=64)],
+    "InstanceNorm1d": [
+        dict(num_features=64),
+        dict(num_features=64, eps=0.1, momentum=0.5, affine=True, track_running_stats=True),
+    ],
+    "InstanceNorm2d": [dict(num_features=64, affine=True)],
+    "InstanceNorm3d": [dict(num_features=64, track_running_stats=True)],
     "Dropout": [{}, dict(p=0.0), dict(p=0.2), dict(p=1.0)],
 }
 OWN = {
@@ -125,8 +131,9 @@ def x_of(dtype=torch.float32):
 
 def input_of(name, dtype=torch.float32):
     """The same in the dimensions that the module takes."""
-    shapes = {"BatchNorm2d": (20, 64, 2, 2), "BatchNorm3d": (10, 64, 2, 2, 2)}
-    return x_of(dtype).reshape(shapes.get(name, (80, 64)))
+    shapes = {"1d": (20, 64, 4), "2d": (20, 64, 2, 2), "3d": (10, 64, 2, 2, 2)}
+    rows = name == "BatchNorm1d" or name[-2:] not in shapes
+    return x_of(dtype).reshape((80, 64) if rows else shapes[name[-2:]])
 
 
 def extra(name):
