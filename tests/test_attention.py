@@ -317,6 +317,27 @@ def test_every_transform_of_second_order_stays_in_tiles(ours, monkeypatch):
     torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
 
 
+@pytest.mark.parametrize("outer", ["jvp", "grad"])
+@pytest.mark.parametrize("middle", ["jvp", "grad"])
+@pytest.mark.parametrize("inner", ["jvp", "grad"])
+def test_third_order_in_every_nesting(ours, inner, middle, outer):
+    x, t = torch.randn(2, 1, 2, 3, 4, dtype=torch.float64)
+
+    def derive(how, f):
+        if how == "jvp":
+            return lambda x: torch.func.jvp(f, (x,), (t.sin(),))[1]
+        return lambda x: torch.func.grad(lambda x: (f(x) * t[..., :1]).sin().sum())(x)
+
+    def run(f):
+        def own(x):
+            return f(1.1 * x, x.sin(), x.cos())
+
+        return derive(outer, derive(middle, derive(inner, own)))(x)
+
+    got, want = run(J.scaled_dot_product_attention), run(attention_primitive())
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-7)
+
+
 MEMORY = """
 import resource, torch, jacobian_ops.functional as J
 torch.set_num_threads(2)
@@ -340,8 +361,9 @@ print(peak() - before)
     [
         "torch.func.vjp(f, q, k, v)[1](go)",
         "torch.func.jvp(f, (q, k, v), (k, v, q))",
+        "torch.func.jvp(lambda *qkv: torch.func.vjp(f, *qkv)[1](go), (q, k, v), (k, v, q))",
     ],
-    ids=["vjp", "jvp"],
+    ids=["vjp", "jvp", "hvp"],
 )
 def test_memory_is_linear(product):
     """Where a matrix of scores would be 4 GiB."""

@@ -87,6 +87,10 @@ class _Explicit:
     def keys(self, t):
         return self.wide(t.repeat_interleave(self.group, -3) if self.group > 1 else t)
 
+    def shared(self, g):
+        """The cotangent of k or v, from that of every head's own."""
+        return g.unflatten(-3, (-1, self.group)).sum(-3) if self.group > 1 else g
+
     def mask(self, t):
         return self.wide(t if t.shape[-2] == 1 else self.some(t))
 
@@ -334,15 +338,24 @@ class AttentionVjpJvp(Rule):
 
     def composite(*args):
         q, k, v, keep, bias, seed, tq, tk, tv, tbias, _, _, _, _, go, tgo, *consts, primal = args
-
-        def results(q, k, v, tq, tk, tv):
-            at = _Explicit(q, k, v, keep, bias, seed, *consts)
-            return at.o, at.tangent(tq, tk, tv, tbias)
-
-        tangents = [_zeros_like(t, x) for t, x in ((tq, q), (tk, k), (tv, v))]
-        (o, to), pull = torch.func.vjp(results, q, k, v, *tangents)
-        tgq, tgk, tgv, *primals = pull((_zeros_like(tgo, go).to(o.dtype), go.to(to.dtype)))
-        return (*(primals if primal else (q.new_empty(0),) * 3), tgq, tgk, tgv)
+        at = _Explicit(q, k, v, keep, bias, seed, *consts)
+        go = at.wide(go)
+        gs = at.score_cotangent(go)
+        tgs = at.score_cotangent_tangent(go, tgo, tq, tk, tv, tbias)
+        tgq, tgk = tgs @ at.k, tgs.mT @ at.q
+        tgv = (at.dropped * at.centred(at.score_tangent(tq, tk, tbias))).mT @ go
+        if tk is not None:
+            tgq = tgq + gs @ at.keys(tk)
+        if tq is not None:
+            tgk = tgk + gs.mT @ at.rows(tq)
+        if tgo is not None:
+            tgv = tgv + at.dropped.mT @ at.wide(tgo)
+        gradients = at.scale * tgq, at.scale * at.shared(tgk), at.shared(tgv)
+        primals = (q.new_empty(0),) * 3
+        if primal:
+            gk, gv = at.shared(gs.mT @ at.q), at.shared(at.dropped.mT @ go)
+            primals = at.scale * (gs @ at.k), at.scale * gk, gv
+        return tuple(t.to(q.dtype) for t in (*primals, *gradients))
 
     @classmethod
     def vmap(cls, info, dims, *args):

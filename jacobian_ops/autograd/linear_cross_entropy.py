@@ -12,7 +12,7 @@ from .. import kernels
 from ..kernels.cross_entropy import losses_like, wide
 from .cross_entropy import cross_entropy_jvp, cross_entropy_vjp_jvp
 from .linear import linear, linear_jvp
-from .rule import Rule, define
+from .rule import Rule, by_sample, define
 
 _ARGUMENTS = "Tensor x, Tensor linear_weight, Tensor target, Tensor? bias, Tensor? weight"
 _CONSTS = "int ignore_index, float smoothing, int chunk"
@@ -60,13 +60,7 @@ class _Chunked(Rule):
     @classmethod
     def vmap(cls, info, dims, *args):
         """One call for each sample, each of them large."""
-        results = [
-            cls.op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        if isinstance(results[0], tuple):
-            return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-        return torch.stack(results), 0
+        return by_sample(cls.op, info, dims, args)
 
 
 class LinearCrossEntropy(_Chunked):

@@ -12,7 +12,7 @@ import torch
 
 from .. import kernels
 from ..kernels._arguments import result_like
-from .rule import Rule, define
+from .rule import Rule, by_sample, define
 
 
 def fake(x, *_):
@@ -266,23 +266,13 @@ class _Rows(Rule):
     def vmap(cls, info, dims, *args):
         n = cls.tensors
         if any(dims[i] is not None for i in cls.of_column) or cls.sums == 4:
-            return cls.by_sample(info, dims, args)
+            # Weights, or sums over rows, of each sample's own.
+            return by_sample(cls.op, info, dims, args)
         fronted = _rows_front(info, dims[:n], args[:n], cls.of_column)
         if cls.sums:
             return _vjp_of_samples(*fronted, *args[n:])
         out = cls.op(*fronted, *args[n:])
         return out, (0,) * len(out) if isinstance(out, tuple) else 0
-
-    @classmethod
-    def by_sample(cls, info, dims, args):
-        """Weights, or sums over rows, of each sample's own: one call for each."""
-        results = [
-            cls.op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        if isinstance(results[0], tuple):
-            return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-        return torch.stack(results), 0
 
 
 def _rows_front(info, dims, args, of_column):
@@ -392,7 +382,7 @@ class AddNormVjp(_Rows):
     @classmethod
     def vmap(cls, info, dims, *args):
         if dims[1] is not None:
-            return cls.by_sample(info, dims, args)
+            return by_sample(cls.op, info, dims, args)
         total, weight, gy, gsum = _rows_front(info, dims[:4], args[:4], cls.of_column)
         (gx, *sums), out = _vjp_of_samples(total, weight, gy, *args[4:])
         return (gx + gsum, *sums), out

@@ -103,6 +103,17 @@ def front(info, dims, args):
     )
 
 
+def by_sample(op, info, dims, args):
+    """The rule of vmap that calls ``op`` for each sample by itself."""
+    results = [
+        op(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], tuple):
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+    return torch.stack(results), 0
+
+
 def plain(tensors) -> bool:
     """True when no transform, mode, subclass or lazy view stands between us and the kernel."""
     if (
@@ -329,6 +340,10 @@ def _without(values, places, nothing=None):
     return tuple(nothing if i in places else v for i, v in enumerate(values))
 
 
+def _forward_mode_may_follow():
+    return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _autograd_kernel(rule, op, tensors):
     def below(*args):
         return _below(op, args)
@@ -351,8 +366,8 @@ def _autograd_kernel(rule, op, tensors):
             tangents = tuple(t for _, t in pairs)
             live = [t for t in tangents if t is not None]
             if live:
-                if rule.composite is not None and not rule.deferred:
-                    return differentiable(*args)
+                if rule.composite is not None:
+                    return _composite(rule)(*args)
                 primals = (*(p for p, _ in pairs), *args[tensors:])
                 with _autocast_off():
                     if any(map(_batched_by_autograd, live)):
