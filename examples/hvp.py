@@ -93,7 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
         x, y = digits.x[: options.batch], digits.y[: options.batch]
         for name in PROVIDERS:
             task = progress.add_task(f"products, {name}", total=None)
-            operator, seconds = hessian(models[name], x, y, lambda task=task: progress.advance(task))
+            operator, seconds = hessian(
+                models[name], x, y, lambda task=task: progress.advance(task)
+            )
             start = np.random.default_rng(options.seed).standard_normal(operator.shape[0])
             values = eigsh(
                 operator, options.count, which="LA", v0=start, tol=1e-4, return_eigenvectors=False

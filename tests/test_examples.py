@@ -1,4 +1,4 @@
-"""The demo: it runs, says what it measured, and fails where the two sides disagree."""
+"""The demo and examples: they run, say what they measured, and fail where two sides disagree."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import matplotlib.image
 import pytest
 import torch
 
+from examples import hvp, meanflow
 from examples.digits.__main__ import CURVES_AGREE, PRODUCTS_AGREE, check, main
 from examples.digits.compare import PROVIDERS, Product, Run
 
@@ -117,3 +118,63 @@ def test_check(changed, words):
     failures = check(*results(**changed), 0.85)
     assert len(failures) == (words is not None)
     assert all(re.search(words, failure) for failure in failures)
+
+
+def test_meanflow(tmp_path, capsys):
+    torch.set_num_threads(1)
+    short = ("--steps", "6", "--both", "3", "--batch", "16")
+    assert meanflow.main(["--quick", "--output", str(tmp_path), *short]) == 0
+    record = json.loads((tmp_path / "meanflow.json").read_text())
+    assert record["failures"] == [] and len(record["errors"]) == 6
+    assert record["errors"][-1] < record["errors"][0]
+    for run in record["runs"].values():
+        assert len(run["errors"]) == len(run["seconds"]) == 3 and run["step_seconds"] > 0
+    assert record["difference"] < meanflow.ERRORS_AGREE
+    assert 0 <= record["nearest_accuracy"] <= 1
+    height, width, _ = matplotlib.image.imread(tmp_path / "meanflow.png").shape
+    assert height > 300 and width > 300
+    printed = capsys.readouterr().out
+    assert "peak memory of a step" in printed and str(tmp_path) in printed
+
+
+def test_meanflow_sides_that_disagree(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(
+        meanflow.JVP, "jacobian_ops", lambda f, x, t: (f(*x), 2 * meanflow.our_jvp(f, x, t)[1])
+    )
+    short = ("--steps", "4", "--both", "4", "--batch", "8")
+    assert meanflow.main(["--quick", "--output", str(tmp_path), *short]) == 1
+    assert "failed: the errors of the two sides differ" in capsys.readouterr().out
+
+
+def test_one_step_of_a_known_velocity():
+    """Where u is the noise itself, one step from it ends at zero."""
+    images = meanflow.sample(
+        lambda z, r, t, label: z, torch.arange(4), torch.Generator().manual_seed(0)
+    )
+    assert images.shape == (4, 8, 8) and images.abs().max() == 0
+
+
+def test_hvp(tmp_path, capsys):
+    torch.set_num_threads(1)
+    few = ("--steps", "5", "--count", "2", "--batch", "16")
+    assert hvp.main(["--quick", "--output", str(tmp_path), *few]) == 0
+    record = json.loads((tmp_path / "hvp.json").read_text())
+    native, ours = (record["runs"][name]["eigenvalues"] for name in PROVIDERS)
+    assert len(native) == 2 and native[0] > native[1]
+    assert ours == pytest.approx(native, rel=hvp.EIGENVALUES_AGREE)
+    assert "eigenvalue 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "example, arguments",
+    [
+        (meanflow, ("--both", "4", "--steps", "3")),
+        (meanflow, ("--batch", "0")),
+        (hvp, ("--count", "0")),
+    ],
+)
+def test_bad_arguments_of_examples(example, arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        example.main(["--output", str(tmp_path / "out"), *arguments])
+    assert arguments[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
