@@ -284,6 +284,8 @@ def group_norm_primitive(groups, eps, fixed=None):
         y = y if weight is None else weight.reshape(channel) * y
         return (y if bias is None else y + bias.reshape(channel)).reshape(x.shape)
 
+    return run
+
 
 def attention_primitive(hidden=None, scale=None, multipliers=None):
     """``hidden`` are the scores that are -inf."""
@@ -592,5 +594,17 @@ CASES = (
 # kind (without a kink, with one, with a parameter).
 KINDS = ("relu", "gelu", "leaky_relu-negative_slope")
 OPS = [c for c in CASES if c not in POINTWISE or c.name in KINDS]
+# Of those, cases that take rules and ways through vmap that another one takes: the tests that nest
+# transforms and compile graphs, the slowest, leave them to the tests of gradients.
+ALIKE = {
+    *("softmax-dim0", "softmax-dim1", "softmin-dim-1", "log_softmax-dim-1", "softmax_dropout-dim0"),
+    *("linear_gelu_dropout-p0.0", "linear_silu_dropout-p0.4", "linear_relu_dropout-p0.4"),
+    *("linear_relu6_dropout-p0.4", "linear_tanh_dropout-p0.0", "linear_tanh_dropout-p0.4"),
+    *("layer_norm-plain", "rms_norm", "add_rms_norm", "group_norm-plain", "batch_norm-rows"),
+    *("cross_entropy", "cross_entropy-none", "cross_entropy-vector"),
+    *("cross_entropy-probabilities_maps", "linear_cross_entropy-none"),
+    *("attention", "attention-keep", "swiglu", "geglu-tanh", "rotary_embedding-halves"),
+}
+NESTED = [c for c in OPS if c.name not in ALIKE]
 # Those of which some calls go to torch, as installed.
 ROUTED = [c for c in POINTWISE if c.name in KINDS] + SOFTMAX + LINEAR

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import jacobian_ops.functional as J
 from jacobian_ops import kernels
 
-from .cases import ATTENTION, CASES, POINTWISE, SOFTMAX
+from .cases import ATTENTION, CASES, LINEAR_ENTROPY, POINTWISE, SOFTMAX
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -22,6 +22,9 @@ def name(dtype):
 
 def grown(case, rows=37):
     """The case's inputs with more rows or elements, so that errors have many chances."""
+    if case in LINEAR_ENTROPY:
+        x, *weights = case.inputs()
+        return torch.randn(rows, x.shape[1], dtype=torch.float64) * 1.5, *weights
     if case not in POINTWISE + SOFTMAX:
         return case.inputs()
     (shape,) = case.shapes

@@ -7,7 +7,7 @@ import jacobian_ops
 import jacobian_ops.functional as J
 from jacobian_ops.autograd import rule
 
-from .cases import OPS
+from .cases import NESTED
 
 close = torch.testing.assert_close
 
@@ -24,12 +24,12 @@ def product(f, xs, ts, graph):
     return y, ty, torch.autograd.grad(loss, xs, allow_unused=True)
 
 
-@pytest.mark.parametrize("case", OPS, ids=str)
+@pytest.mark.parametrize("case", NESTED, ids=str)
 def test_constant_tangent(case):
     xs, ts = inputs_of(case)
     y, ty, gradients = product(case.ours, xs, ts, False)
     expected_y, expected_ty, expected = product(case.ours, xs, ts, True)
-    assert expected_ty.requires_grad and not ty.requires_grad
+    assert not ty.requires_grad
     close((y, ty), (expected_y, expected_ty))
     close(gradients, expected)
 
