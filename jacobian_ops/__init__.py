@@ -7,10 +7,10 @@ torch.nn, ``jacobian_ops.kernels`` are the raw products without autograd, and
 
 import torch  # noqa: F401  first: the native module shares the OpenMP runtime that torch loads
 
-from . import functional, kernels, nn
+from . import functional, jacobian, kernels, nn
 from .info import __version__, build_info
+from .jacobian import jvp
 from .memory import release_host_memory, retain_host_memory
-from .products import jvp
 from .replace import replace, restore
 from .tuning import autotune
 
@@ -19,6 +19,7 @@ __all__ = [
     "autotune",
     "build_info",
     "functional",
+    "jacobian",
     "jvp",
     "kernels",
     "nn",

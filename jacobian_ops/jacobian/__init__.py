@@ -1,0 +1,64 @@
+"""Jacobians as linear operators: ``jacobian_ops.jacobian(f, x)``, and what is done with them.
+
+The package is called like the function that it is about, so both are one object: a module that can
+be called.  ``jacobian_ops.jacobian(f, x)`` is :func:`.linearize.jacobian`, and
+``jacobian_ops.jacobian.hvp`` a name in it, as with any package.
+"""
+
+import sys
+import types
+
+from .chain import Plan
+from .composite import BlockDiagonal, Chain, Scaled, Sum, Transposed
+from .determinant import Estimate, logdet_series
+from .functions import compute_full_jacobian, ggnvp, hvp, jvp, vjp
+from .linearize import jacobian
+from .operator import Operator, SLogDet
+from .structures import (
+    Dense,
+    Diagonal,
+    DiagonalPlusLowRank,
+    Identity,
+    Joined,
+    MatrixFree,
+    Permutation,
+    Selection,
+    Triangular,
+    Zero,
+)
+
+__all__ = [
+    "BlockDiagonal",
+    "Chain",
+    "Dense",
+    "Diagonal",
+    "DiagonalPlusLowRank",
+    "Estimate",
+    "Identity",
+    "Joined",
+    "MatrixFree",
+    "Operator",
+    "Permutation",
+    "Plan",
+    "SLogDet",
+    "Scaled",
+    "Selection",
+    "Sum",
+    "Transposed",
+    "Triangular",
+    "Zero",
+    "compute_full_jacobian",
+    "ggnvp",
+    "hvp",
+    "jacobian",
+    "jvp",
+    "logdet_series",
+    "vjp",
+]
+
+
+class _Callable(types.ModuleType):
+    __call__ = staticmethod(jacobian)
+
+
+sys.modules[__name__].__class__ = _Callable
