@@ -243,7 +243,7 @@ def wide_blocks(batch):
 
 def wide_matrix_free(batch):
     x = randn(*batch, N)
-    J = jacobian(lambda x: x.cumsum(-1).square().unfold(-1, 2, 2).sum(-1), x, len(batch))
+    J = jacobian(lambda x: x.cumsum(-1).square().unflatten(-1, (3, 2)).sum(-1), x, len(batch))
     ones, y = torch.ones(N, N).double().tril(), x.cumsum(-1)
     return J, (2 * y[..., None] * ones).unflatten(-2, (3, 2)).sum(-2)
 
@@ -349,7 +349,7 @@ STRUCTURES = [
     (blocks, "@", blocks, BlockDiagonal),
     (dense, "@", dense, Chain),
     (identity, "+", diagonal, Diagonal),
-    (identity, "+", identity, Diagonal),
+    (identity, "+", identity, Scaled),
     (diagonal, "+", diagonal, Diagonal),
     (low_rank, "+", identity, DiagonalPlusLowRank),
     (dense, "+", dense, Dense),

@@ -92,16 +92,16 @@ def plan(factors: tuple[Operator, ...], max_numbers: float = math.inf) -> Plan:
                 )
                 for s in range(i, j)
             )
-            flops, brackets = min(options, key=lambda option: option[0])
+            cost, brackets = min(options, key=lambda option: option[0])
             if factors[i].rows * factors[j].columns > max_numbers:
-                flops = math.inf
-            best[i, j] = flops, brackets
-    flops, brackets = best[0, count - 1]
+                cost = math.inf
+            best[i, j] = cost, brackets
+    cost, brackets = best[0, count - 1]
     return Plan(
         brackets,
-        flops,
-        _order_flops(factors, forward(count)),
-        _order_flops(factors, reverse(count)),
+        cost,
+        flops(factors, forward(count)),
+        flops(factors, reverse(count)),
     )
 
 
@@ -126,9 +126,10 @@ def _dense_flops(J: Operator) -> float:
     return 0 if isinstance(J, Dense) else min(J.rows, J.columns) * J.flops
 
 
-def _order_flops(factors, brackets) -> float:
-    flops, _, _ = _walk(factors, brackets)
-    return flops
+def flops(factors: tuple[Operator, ...], brackets: Brackets) -> float:
+    """What an order costs for one sample; arguments as of :func:`evaluate`."""
+    cost, _, _ = _walk(factors, brackets)
+    return cost
 
 
 def _walk(factors, brackets):

@@ -437,6 +437,9 @@ def _sum(a: Operator, b: Operator) -> Operator | None:
         return b
     if isinstance(b, Zero):
         return a
+    c, d = _multiple(a), _multiple(b)
+    if c is not None and d is not None:
+        return Scaled(c + d, Identity(a.in_shape, a, a.batch_shape))
     d, e = _as_diagonal(a), _as_diagonal(b)
     if d is not None and e is not None:
         return Diagonal(d.d + e.d, len(a.batch_shape))
@@ -447,6 +450,13 @@ def _sum(a: Operator, b: Operator) -> Operator | None:
     if isinstance(a, Dense) and isinstance(b, Dense) and a.matrix.dim() == b.matrix.dim():
         return Dense(a.matrix + b.matrix, a.in_shape, a.out_shape, a.batch_shape)
     return _by_blocks(add, a, b)
+
+
+def _multiple(J: Operator):
+    """``c`` where this is ``c I``, else None."""
+    if isinstance(J, Scaled) and isinstance(J.J, Identity):
+        return J.a
+    return 1 if isinstance(J, Identity) else None
 
 
 def _as_diagonal(J: Operator) -> Diagonal | None:

@@ -401,7 +401,8 @@ class Operator:
     def cond(self) -> Tensor:
         """Largest over smallest singular value, (*batch); inf for a singular Jacobian."""
         values = self.svdvals()
-        return values[..., 0] / values[..., -1]
+        largest, smallest = values[..., 0], values[..., -1]
+        return torch.where(smallest == 0, torch.inf, largest / smallest)
 
     def is_invertible(self, rtol: float | None = None) -> Tensor:
         """Whether f has a smooth inverse near x, by the inverse function theorem.

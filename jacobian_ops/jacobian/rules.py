@@ -101,10 +101,10 @@ def _sum(func, args, kwargs, deps):
 
 def _times(func, args, kwargs, deps):
     """A product with a number is a multiple of I, with a tensor a diagonal."""
-    if not kwargs and len(args) == 2 and isinstance(args[1], Real):
-        a = args[1] if "mul" in func.__name__ else 1 / args[1] if args[1] else math.nan
-        return _elementwise(func, args, kwargs, deps, [a])
-    return _elementwise(func, args, kwargs, deps)
+    slopes = None
+    if not kwargs and len(args) == 2 and isinstance(args[1], Real) and args[1]:
+        slopes = [args[1] if "mul" in func.__name__ else 1 / args[1]]
+    return _elementwise(func, args, kwargs, deps, slopes)
 
 
 def _in_place(names):
@@ -198,7 +198,7 @@ def _linear(func, input, weight, bias=None):
     if rows < 0 or weight.dim() != 2:
         return None
     y = func(input.value, weight, bias)
-    return join(y, [input], [_each(Dense(weight, batch_shape=y.shape[:-1]), rows)])
+    return join(y, [input], [_each(_rows_times(weight, y), rows)])
 
 
 def _matmul(func, args, kwargs, deps):
@@ -211,11 +211,15 @@ def _matmul(func, args, kwargs, deps):
     if rows < 0 or matrix.dim() != 2 or not left and dep.value.dim() != 1:
         return None
     y = func(*with_values(deps, [dep.value], *args))
-    matrix = matrix.mT if left else matrix
-    return join(y, deps, [_each(Dense(matrix, batch_shape=y.shape[:-1]), rows)])
+    return join(y, deps, [_each(_rows_times(matrix.mT if left else matrix, y), rows)])
 
 
 _register("matmul __matmul__ __rmatmul__ mm mv", _matmul)
+
+
+def _rows_times(weight, y):
+    weight = weight if torch.is_grad_enabled() else weight.detach()
+    return Dense(weight, batch_shape=y.shape[:-1])
 
 
 def _each(operator, dims):

@@ -46,7 +46,7 @@ def _svds(J, k):
     from scipy.sparse.linalg import svds
 
     start = numpy.random.default_rng(0).standard_normal(min(J.rows, J.columns))
-    u, values, vt = svds(J.to_scipy(), k=k, v0=start)
+    u, values, vt = svds(J.to_scipy(), k=k, v0=start, tol=torch.finfo(J.dtype).eps ** (2 / 3))
     order = values.argsort()[::-1].copy()
     like = dict(dtype=J.dtype, device=J.device)
     u, v = torch.tensor(u[:, order], **like), torch.tensor(vt[order].T.copy(), **like)

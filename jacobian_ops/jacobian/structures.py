@@ -519,8 +519,6 @@ class Linearisation:
 
     def __init__(self, vjp, y: Tensor, label: str):
         self._vjp, self._jvp, self.label = vjp, None, label
-        # Products have a graph where the linearisation has one, whenever they are made.
-        self._recorded = torch.is_grad_enabled()
         # Where the VJP is linearised: not at 0, as some backward passes take logarithms of v.
         self._at = y.new_ones(()).expand(y.shape)
 
@@ -531,7 +529,7 @@ class Linearisation:
     def jvp(self, *us: Tensor) -> Tensor:
         """A stack of tangents of the result, of stacks of the inputs'."""
         if self._jvp is None:
-            with torch.set_grad_enabled(self._recorded):
+            with torch.enable_grad():  # for later products, if not for this one
                 _, self._jvp = torch.func.vjp(self._vjp, self._at.clone())
         return self._mapped(lambda *us: self._jvp(us)[0], *us)
 
