@@ -383,7 +383,7 @@ def test_structure_prints_the_tree():
     assert J.structure.splitlines() == [
         "Sum 6 x 6",
         "├─ Identity 6 x 6",
-        "└─ Chain 6 x 6, reverse accumulation (1 (2 3)): 312 flops "
+        "└─ Chain 6 x 6, reverse accumulation ((1 2) 3): 312 flops "
         "(pure forward 312, pure reverse 312)",
         "   ├─ Dense 6 x 4",
         "   ├─ Diagonal 4 x 4",
@@ -396,11 +396,13 @@ def test_structure_prints_the_tree():
 
 def test_cut_into_chunks(monkeypatch):
     """The same whatever the chunks of columns, rows and diagonals."""
-    for maker in (matrix_free, wide_matrix_free, transposed):
+    for maker in (matrix_free, wide_matrix_free, joined, transposed):
         J, A = maker((2,))
         monkeypatch.setattr("jacobian_ops.jacobian.operator._CHUNK", 2 * 6 * 4)
         close(J.dense(), A)
         close(J.T.dense(), A.mT)
+        U = randn(2, N, 9)
+        close(J @ U, A @ U)
         if J.rows == J.columns:
             close(J.diagonal(), A.diagonal(dim1=-2, dim2=-1))
 

@@ -97,12 +97,12 @@ def plan(factors: tuple[Operator, ...], max_numbers: float = math.inf) -> Plan:
                 cost = math.inf
             best[i, j] = cost, brackets
     cost, brackets = best[0, count - 1]
-    return Plan(
-        brackets,
-        cost,
-        flops(factors, forward(count)),
-        flops(factors, reverse(count)),
-    )
+    pure = {order: flops(factors, order(count)) for order in (reverse, forward)}
+    for order, of_order in pure.items():  # of orders that cost the same, a pure one
+        if of_order == cost and _largest(factors, order(count)) <= max_numbers:
+            brackets = order(count)
+            break
+    return Plan(brackets, cost, pure[forward], pure[reverse])
 
 
 def _product_flops(factors, i, s, j) -> float:
@@ -139,6 +139,16 @@ def _walk(factors, brackets):
     left, i, s = _walk(factors, brackets[0])
     right, _, j = _walk(factors, brackets[1])
     return left + right + _product_flops(factors, i, s, j), i, j
+
+
+def _largest(factors, brackets) -> int:
+    """Of the products in a bracket."""
+    if isinstance(brackets, int):
+        return 0
+    _, i, j = _walk(factors, brackets)
+    return max(
+        factors[i].rows * factors[j].columns, *(_largest(factors, part) for part in brackets)
+    )
 
 
 def evaluate(factors: tuple[Operator, ...], brackets: Brackets) -> Tensor:

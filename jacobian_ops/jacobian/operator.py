@@ -27,6 +27,11 @@ def flat(t: Tensor, dims: int) -> Tensor:
     return t.reshape(*t.shape[:dims], math.prod(t.shape[dims:]))
 
 
+def columns_at_once(size: int) -> int:
+    """How many columns of products with ``size`` numbers a column make a chunk."""
+    return max(1, _CHUNK // max(size, 1))
+
+
 class SLogDet(NamedTuple):
     """Sign and logarithm of the absolute value of a determinant, as torch.linalg.slogdet's."""
 
@@ -198,8 +203,7 @@ class Operator:
             (self.out_shape, self._transpose_apply) if by_rows else (self.in_shape, self._apply)
         )
         size = math.prod(taken)
-        wide = max(self.rows, self.columns, 1) * math.prod(self.batch_shape)
-        step = max(1, _CHUNK // max(wide, 1))
+        step = columns_at_once(max(self.rows, self.columns) * math.prod(self.batch_shape))
         for start in range(0, max(size, 1), step):
             count = min(step, size - start)
             yield start, apply(self._units(range(start, start + count), taken))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import _linalg as linalg
-from .operator import Operator, flat
+from .operator import Operator, columns_at_once, flat
 
 _LinAlgError = torch.linalg.LinAlgError
 
@@ -534,6 +534,10 @@ class Linearisation:
         return self._mapped(lambda *us: self._jvp(us)[0], *us)
 
     def _mapped(self, f, *stacks):
+        step = columns_at_once(max(self._at.numel(), *(stack[0].numel() for stack in stacks)))
+        if len(stacks[0]) > step:
+            chunks = zip(*(stack.split(step) for stack in stacks), strict=True)
+            return tree_map(lambda *ts: torch.cat(ts), *(self._mapped(f, *c) for c in chunks))
         try:
             if len(stacks[0]) == 1:
                 return tree_map(lambda t: t[None], f(*(stack[0] for stack in stacks)))
