@@ -1,11 +1,13 @@
 """Log-determinants: values, derivatives, singular Jacobians, and the stochastic series."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from jacobian_ops import jacobian
-from jacobian_ops.jacobian import Dense, Identity, Triangular, logdet_series
+from jacobian_ops.jacobian import Dense, Identity, Permutation, Triangular, logdet_series
 
 pytestmark = pytest.mark.cpu_only
 
@@ -92,7 +94,7 @@ SINGULAR = {
 def test_singular(name):
     """Exactly, where the layer's structure says so, not a logarithm of rounding errors."""
     J = jacobian(SINGULAR[name], -randn(3, 4).abs() if name == "relu" else randn(3, 4))
-    assert J.slogdet() == (0, -torch.inf)
+    assert J.slogdet() == J.T.slogdet() == (0, -torch.inf)
     assert J.logdet() == -torch.inf
     with pytest.raises(torch.linalg.LinAlgError):
         J.solve(randn(3, 4))
@@ -105,6 +107,17 @@ def test_norms_without_cancellation():
     n, r = 512, (x.double().square().mean() + 1e-6).rsqrt()
     expected = (n + 2) * r.log() + torch.tensor(1e-6, dtype=torch.float64).log()
     close(J.slogdet().logabsdet.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_signs_of_permutations():
+    """All of 4 elements: +1 for the 12 even ones."""
+    units = torch.eye(4)
+    signs = []
+    for order in itertools.permutations(range(4)):
+        J = Permutation(torch.tensor(order), (4,), (2, 2), units)
+        assert J.slogdet() == torch.linalg.slogdet(units[list(order)])
+        signs.append(J.slogdet().sign)
+    assert signs.count(1) == signs.count(-1) == 12
 
 
 def test_logdet():

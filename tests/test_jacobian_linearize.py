@@ -201,6 +201,27 @@ def overwritten_view(x):
     return h
 
 
+def overwritten_below_a_view(x):
+    h = x @ W
+    pairs = h.unfold(0, 2, 1)
+    h.mul_(2)
+    return pairs.flatten()
+
+
+def overwritten_below_a_reshape(x):
+    h = x @ W
+    matrix = h.reshape(2, 2)
+    h.sin_()
+    return matrix.flatten()
+
+
+def overwritten_below_itself(x):
+    h = x @ W
+    same = F.dropout(h, 0.5, training=False)
+    h.mul_(x)
+    return same
+
+
 def without_grad(x):
     with torch.no_grad():
         scale = x.square().sum()
@@ -243,6 +264,9 @@ FUNCTIONS = [
     (lambda x: Straight.apply(2 * x), ["MatrixFree"]),
     (written_into, ["MatrixFree"]),
     (overwritten_view, ["MatrixFree"]),
+    (overwritten_below_a_view, ["MatrixFree"]),
+    (overwritten_below_a_reshape, ["MatrixFree"]),
+    (overwritten_below_itself, ["MatrixFree"]),
     (without_grad, ["MatrixFree"]),
     (branches, ["Diagonal"]),
 ]
