@@ -391,6 +391,14 @@ def test_inside_transforms():
     close(torch.func.jacfwd(logdet)(x[0]), torch.func.jacfwd(reference)(x[0]))
 
 
+def test_depth_alone_is_no_reason():
+    """A long chain of residual blocks keeps its structure."""
+    model, x = nn.Sequential(*(Residual(4) for _ in range(40))), torch.randn(4)
+    operator = jacobian(model, x)
+    assert len(operator.factors) == 40 and kinds(operator).count("Identity") == 40
+    close(operator.dense(), torch.func.jacrev(model)(x))
+
+
 def test_many_branches_are_left_to_autograd():
     """Where paths multiply with depth, products cost no more than those of the function."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from numbers import Real
@@ -134,6 +135,11 @@ class Operator:
     def parts(self) -> tuple[Operator, ...]:
         """The operators it is made of."""
         return ()
+
+    @functools.cached_property
+    def size(self) -> int:
+        """How many operators the tree has, shared ones counted as often as they are in it."""
+        return 1 + sum(part.size for part in self.parts)
 
     # Shapes and forms.
 

@@ -22,9 +22,9 @@ from .structures import Identity, Joined, Linearisation, MatrixFree
 # a rule returns None where it does not hold.
 RULES = {}
 
-# More operators than this, those of branches counted as often as paths lead through them, would be
-# slower than f itself.
-_MOST_OPERATORS = 4096
+# A sum of branches of more operators than this, those counted twice that two of them share, would
+# be slower than f itself.
+_MOST_OPERATORS = 1024
 _PLAIN = (int, float, complex, bool, str, torch.dtype, torch.device, torch.layout, type(None))
 
 
@@ -48,25 +48,24 @@ class Traced(Tensor):
         batch_dims: How many first dimensions are the batch.
         recorded: Whether the operators have a graph of their own.
         fresh: Whether nothing else shares its memory, so that it may be overwritten.
-        size: The number of operators, those of branches included.
     """
 
     @staticmethod
-    def __new__(cls, value, factors, batch_dims, recorded, fresh=False, size=0):
+    def __new__(cls, value, factors, batch_dims, recorded, fresh=False):
         """A wrapper without memory of its own."""
         return Tensor._make_wrapper_subclass(
             cls, value.shape, dtype=value.dtype, device=value.device
         )
 
-    def __init__(self, value, factors, batch_dims, recorded, fresh=False, size=0):
+    def __init__(self, value, factors, batch_dims, recorded, fresh=False):
         self.value, self.factors, self.batch_dims = value, factors, batch_dims
-        self.fresh, self.size, self.recorded = fresh, size, recorded
+        self.fresh, self.recorded = fresh, recorded
 
     def overwrite(self, other: Traced) -> Traced:
         """Become the result of an op that wrote into this one."""
         if not self.fresh:
             raise Unsupported if self.factors else Refused(IN_PLACE)
-        self.value, self.factors, self.size = other.value, other.factors, other.size
+        self.value, self.factors = other.value, other.factors
         return self
 
     @classmethod
@@ -104,12 +103,13 @@ def join(y: Tensor, deps, operators, fresh: bool = True) -> Traced:
 
 def follow(y, deps, shared, operator: Operator, fresh) -> Traced:
     """``y`` behind one operator after the shared ones."""
-    dims, size = deps[0].batch_dims, 1 + sum(dep.size for dep in deps)
-    first = deps[0].value
-    if size > _MOST_OPERATORS or y.dtype != first.dtype or y.shape[:dims] != first.shape[:dims]:
+    dims, first = deps[0].batch_dims, deps[0].value
+    if y.dtype != first.dtype or y.shape[:dims] != first.shape[:dims]:
+        raise Unsupported
+    if operator.size > _MOST_OPERATORS:
         raise Unsupported
     factors = shared if isinstance(operator, Identity) else (*shared, operator)
-    return Traced(y, factors, dims, deps[0].recorded, fresh, size)
+    return Traced(y, factors, dims, deps[0].recorded, fresh)
 
 
 def _branches(deps):
