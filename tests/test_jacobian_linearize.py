@@ -325,6 +325,20 @@ def test_a_jacobian_each_sample(f, shape, dims):
     close(operator.dense(), torch.stack(each).reshape(operator.shape))
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["native", "replaced"])
+def test_attention(replaced):
+    """Torch's fused attention has no JVP: its Jacobian is that of the unfused one."""
+    model, x, u = Attention(4), torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    A = expected(model, x)
+    if replaced:
+        jacobian_ops.replace(model)
+    operator = jacobian(model, x)
+    assert kinds(operator)[:2] == ["Sum", "Identity"]
+    close((operator @ u).flatten(), A @ u.flatten())
+    close((u @ operator).flatten(), u.flatten() @ A)
+    close(operator.dense(), A)
+
+
 def test_evaluated_once():
     """One evaluation whatever is asked: hooks, statistics and dropout masks are those of one."""
     calls = []
