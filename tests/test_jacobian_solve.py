@@ -36,7 +36,7 @@ def test_gmres_above_the_size_of_dense_solves():
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 def test_gmres_derivatives(batch):
     """The implicit function theorem: by b, by x and by a parameter."""
-    x, b = torch.rand(*batch, 5, dtype=torch.float64), randn(2, *batch, 5)
+    x, b = torch.rand(*batch, 3, dtype=torch.float64), randn(2, *batch, 3)
     w = torch.tensor(0.7, dtype=torch.float64)
     x, b, w = (t.requires_grad_() for t in (x, b, w))
 
