@@ -10,7 +10,7 @@ import types
 
 from .chain import Plan
 from .composite import BlockDiagonal, Chain, Scaled, Sum, Transposed
-from .determinant import Estimate, logdet_series
+from .determinant import LogDetEstimate, logdet_series
 from .functions import compute_full_jacobian, ggnvp, hvp, jvp, vjp
 from .linearize import jacobian
 from .operator import Operator, SLogDet
@@ -33,7 +33,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "DiagonalPlusLowRank",
-    "Estimate",
+    "LogDetEstimate",
     "Identity",
     "Joined",
     "MatrixFree",

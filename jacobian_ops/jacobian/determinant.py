@@ -10,7 +10,7 @@ from torch import Tensor
 from .operator import Operator, flat
 
 
-class Estimate(NamedTuple):
+class LogDetEstimate(NamedTuple):
     """A stochastic estimate with what is known of its error.
 
     Attributes:
@@ -26,7 +26,7 @@ class Estimate(NamedTuple):
 
 def logdet_series(
     J: Operator, terms: int = 20, probes: int = 64, generator: torch.Generator | None = None
-) -> Estimate:
+) -> LogDetEstimate:
     """``log det(I + J) = sum_k (-1)^(k+1) tr(J^k) / k``, the traces by Hutchinson's estimator.
 
     ``tr(A) = E[v^T A v]`` for random signs ``v``, so that all costs ``terms`` JVPs of ``probes``
@@ -67,4 +67,4 @@ def logdet_series(
         trace = flat(v * power, 1 + len(J.batch_shape)).sum(-1)
         total = total + (-1) ** (k + 1) / k * trace
     truncation = J.rows * norm ** (terms + 1) / ((terms + 1) * (1 - norm))
-    return Estimate(total.mean(0), total.detach().std(0) / probes**0.5, truncation)
+    return LogDetEstimate(total.mean(0), total.detach().std(0) / probes**0.5, truncation)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import rules  # noqa: F401  fills the table of ops that tracing knows
 from .operator import Operator
 from .structures import Identity, Linearisation, MatrixFree, Zero
-from .trace import IN_PLACE, Refused, Traced, check_independent, product
+from .tracing import IN_PLACE, Refused, Traced, check_independent, product
 
 
 def jacobian(f: Callable[[Tensor], Tensor], x: Tensor, batch_dims: int = 0) -> Operator:

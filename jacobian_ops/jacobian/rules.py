@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .. import functional as ours
 from .composite import BlockDiagonal, compose
 from .structures import Dense, Diagonal, DiagonalPlusLowRank, Permutation, Selection
-from .trace import RULES, Refused, Traced, Unsupported, identity, join, mixes, with_values
+from .tracing import RULES, Refused, Traced, Unsupported, identity, join, mixes, with_values
 
 _HOMES = (torch, Tensor, F, ours)
 
