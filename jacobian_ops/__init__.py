@@ -12,6 +12,7 @@ from .info import __version__, build_info
 from .jacobian import jvp
 from .memory import release_host_memory, retain_host_memory
 from .replace import replace, restore
+from .report import report
 from .tuning import autotune
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "nn",
     "release_host_memory",
     "replace",
+    "report",
     "restore",
     "retain_host_memory",
 ]
