@@ -8,6 +8,7 @@ torch.nn, ``jacobian_ops.kernels`` are the raw products without autograd, and
 import torch  # noqa: F401  first: the native module shares the OpenMP runtime that torch loads
 
 from . import functional, jacobian, kernels, nn
+from .checkpointing import checkpoint
 from .info import __version__, build_info
 from .jacobian import jvp
 from .memory import release_host_memory, retain_host_memory
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "autotune",
     "build_info",
+    "checkpoint",
     "functional",
     "jacobian",
     "jvp",

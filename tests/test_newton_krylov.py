@@ -92,7 +92,7 @@ def test_errors(g, x0, options, error, words):
 
 
 def test_products_are_jvps():
-    """Not differences of values: with a rule that is twice the truth, every step is half as long."""
+    """Not differences of values: with a rule twice as steep as f, every step is half as long."""
 
     class Doubled(torch.autograd.Function):
         @staticmethod
