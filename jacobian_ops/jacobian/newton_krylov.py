@@ -57,14 +57,21 @@ def newton_krylov(
     tol = torch.finfo(x0.dtype).eps ** (1 / 3) if tol is None else tol
     with torch.no_grad():
         x, forcing = x0.detach().clone(), 0.1
+        # LGMRES starts each system from the directions of the last one, as scipy's own does.
+        options = {
+            "lgmres": dict(outer_v=[], prepend_outer_v=True, store_outer_Av=False),
+            "gmres": dict(restart=30),
+        }.get(method, {})
+        options["maxiter"] = inner_max_iter
         y = _value(f, x)
         if not y.isfinite().all():
             raise RuntimeError("newton_krylov: f(x0) is not finite")
         for _ in range(max_iter):
             if y.abs().max() <= tol:
                 return x
-            step = _newton_step(f, x, y, method, inner_max_iter, forcing, preconditioner)
             before = y.norm()
+            options["rtol"] = max(forcing, 0.5 * tol / before.item())  # no more than tol asks for
+            step = _newton_step(f, x, y, method, preconditioner, options)
             x, y = _search(f, x, y, step)
             forcing = _next_forcing(forcing, (y.norm() / before).item())
             if callback is not None:
@@ -98,7 +105,7 @@ def _value(f, x):
     return y
 
 
-def _newton_step(f, x, y, method, inner_max_iter, forcing, preconditioner):
+def _newton_step(f, x, y, method, preconditioner, options):
     """An approximate solution of J s = -f(x)."""
     from scipy.sparse import linalg
 
@@ -111,15 +118,8 @@ def _newton_step(f, x, y, method, inner_max_iter, forcing, preconditioner):
         return linalg.LinearOperator((n, n), matvec, dtype=y.cpu().numpy().dtype)
 
     J = operator(lambda v: torch.func.jvp(f, (x,), (v,))[1])
-    options = {"gmres": dict(restart=30)}.get(method, {})
-    step, _ = getattr(linalg, method)(
-        J,
-        -y.reshape(-1).cpu().numpy(),
-        rtol=forcing,
-        maxiter=inner_max_iter,
-        M=None if preconditioner is None else operator(preconditioner),
-        **options,
-    )
+    M = None if preconditioner is None else operator(preconditioner)
+    step, _ = getattr(linalg, method)(J, -y.reshape(-1).cpu().numpy(), M=M, **options)
     return torch.as_tensor(step.reshape(x.shape)).to(x)
 
 
