@@ -12,6 +12,7 @@ dense Jacobian, the inverse, and that the density of the plane integrates to 1.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -42,9 +43,10 @@ class Coupling(nn.Module):
     Args:
         order: The permutation; the first half of it goes through as it is.
         hidden: Width of the network that makes s and t.
+        dropout: In that network; a mask is part of the map, whose determinant it leaves as it is.
     """
 
-    def __init__(self, order: Tensor, hidden: int):
+    def __init__(self, order: Tensor, hidden: int, dropout: float):
         super().__init__()
         n = len(order)
         self.half = n // 2
@@ -52,17 +54,17 @@ class Coupling(nn.Module):
         self.register_buffer("back", order.argsort())
         layer = jacobian_ops.nn.LinearActDropout
         self.network = nn.Sequential(
-            layer(self.half, hidden, activation="silu"),
-            layer(hidden, hidden, activation="silu"),
+            layer(self.half, hidden, activation="silu", p=dropout),
+            layer(hidden, hidden, activation="silu", p=dropout),
             jacobian_ops.nn.Linear(hidden, 2 * (n - self.half)),
         )
         nn.init.zeros_(self.network[-1].weight)  # starts as a permutation
         nn.init.zeros_(self.network[-1].bias)
 
     def scale_and_shift(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        """The logarithm of the scale, between -2 and 2, and t."""
+        """The logarithm of the scale, between -1 and 1, and t."""
         s, t = self.network(first).chunk(2, -1)
-        return 2 * jacobian_ops.functional.tanh(s / 2), t
+        return jacobian_ops.functional.tanh(s), t
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(*, n) -> (*, n) and log|det J|, (*)."""
@@ -80,11 +82,11 @@ class Coupling(nn.Module):
 class Flow(nn.Module):
     """A chain of couplings from data to a standard normal."""
 
-    def __init__(self, n: int, layers: int, hidden: int):
+    def __init__(self, n: int, layers: int, hidden: int, dropout: float = 0.0):
         super().__init__()
         swap = torch.tensor([1, 0])
         self.layers = nn.ModuleList(
-            Coupling(swap if n == 2 else torch.randperm(n), hidden) for _ in range(layers)
+            Coupling(swap if n == 2 else torch.randperm(n), hidden, dropout) for _ in range(layers)
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,15 +113,44 @@ def normal_log_prob(z: Tensor) -> Tensor:
     return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
 
 
-def moons() -> Tensor:
+@dataclass
+class Data:
+    """Samples, and what makes vectors of them that have a density.
+
+    Attributes:
+        samples: (m, n), in random order, the first fifth for the test.
+        spread: From samples to vectors, at random.
+        dropout: That keeps a flow from learning them by heart.
+    """
+
+    samples: Tensor
+    spread: Callable[[Tensor], Tensor]
+    dropout: float
+
+    def __post_init__(self):
+        self.samples = self.samples[torch.randperm(len(self.samples))]
+        x = self.spread(self.samples)
+        self.mean, self.deviation = x.mean(0), x.std(0)
+
+    def draw(self, samples: Tensor) -> Tensor:
+        """Standardised vectors."""
+        return (self.spread(samples) - self.mean) / self.deviation
+
+
+def moons() -> Data:
     """Two interleaved half circles, 3000 points of the plane."""
-    return torch.tensor(make_moons(3000, noise=0.07, random_state=0)[0], dtype=torch.float32)
+    points = make_moons(3000, noise=0.07, random_state=0)[0]
+    return Data(torch.tensor(points, dtype=torch.float32), lambda x: x, dropout=0.0)
 
 
-def digits() -> Tensor:
+def digits() -> Data:
     """1797 images of 64 pixels, spread evenly within their 17 levels, as logits."""
     pixels = torch.tensor(load_digits().data, dtype=torch.float32)
-    return torch.logit(0.05 + 0.9 * (pixels + torch.rand(pixels.shape)) / 17)
+
+    def logits(x):
+        return torch.logit(0.05 + 0.9 * (x + torch.rand(x.shape)) / 17)
+
+    return Data(pixels, logits, dropout=0.2)
 
 
 @dataclass
@@ -136,28 +167,27 @@ class Result:
     integral: float | None = None
 
 
-def train(flow: Flow, data: Tensor, steps: int, report: Callable) -> Result:
-    """Maximum likelihood on all but a fifth of the standardised data."""
-    data = (data - data.mean(0)) / data.std(0)
-    data = data[torch.randperm(len(data))]
-    test, data = data.tensor_split((len(data) // 5,))
+def train(name: str, flow: Flow, data: Data, steps: int, report: Callable) -> Result:
+    """Maximum likelihood on all but the test samples."""
+    test, train = data.samples.tensor_split((len(data.samples) // 5,))
     optimizer = torch.optim.AdamW(flow.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    losses = []
+    result = Result(name, test.shape[1])
     for _ in range(steps):
-        x = data[torch.randint(len(data), (128,))]
-        loss = -flow.log_prob(x).mean()
+        loss = -flow.log_prob(data.draw(train[torch.randint(len(train), (128,))])).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
-        report(losses[-1])
+        result.losses.append(loss.item())
+        report()
+    flow.eval()
+    x = data.draw(test)
     with torch.no_grad():
-        result = Result("", data.shape[1], losses, test=-flow.log_prob(test).mean().item())
-        result.gaussian = -normal_log_prob(test).mean().item()
-    check_flow(result, flow, test[:4])
+        result.test = -flow.log_prob(x).mean().item()
+        result.gaussian = -normal_log_prob(x).mean().item()
+    check_flow(result, flow, x[:4])
     return result
 
 
@@ -213,7 +243,8 @@ def draw(path: Path, plane: Tensor, reach: float, samples: Tensor, images: Tenso
     left.set(title="density of two moons", xlim=(-2.5, 2.5), ylim=(-2.5, 2.5))
     middle.plot(*samples.mT.tolist(), ".", markersize=2, color="black")
     middle.set(title="samples", xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), aspect="equal")
-    rows = images.unflatten(0, (6, 6)).transpose(1, 2).reshape(6 * 8, 6 * 8)
+    framed = nn.functional.pad(images, (1, 1, 1, 1))
+    rows = framed.unflatten(0, (6, 6)).transpose(1, 2).reshape(60, 60)
     right.imshow(rows.numpy(), cmap="gray_r", vmin=0, vmax=16)
     right.set(title="digits from the flow", xticks=[], yticks=[])
     figure.savefig(path, dpi=120)
@@ -226,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="small models, in a few seconds")
     options = parser.parse_args(arguments)
-    steps = options.steps if options.steps is not None else 80 if options.quick else 1500
+    steps = options.steps if options.steps is not None else 80 if options.quick else 800
     if steps < 1:
         parser.error("--steps must be at least 1")
     layers, hidden = (4, 32) if options.quick else (8, 128)
@@ -241,17 +272,16 @@ def main(arguments: list[str] | None = None) -> int:
     with Progress(console=console) as progress:
         for name, data in sets.items():
             task = progress.add_task(name, total=steps)
-            flows[name] = Flow(data.shape[1], layers, hidden)
-            results.append(
-                train(flows[name], data, steps, lambda _, task=task: progress.advance(task))
-            )
-            results[-1].name = name
+            flows[name] = Flow(data.samples.shape[1], layers, hidden, data.dropout)
+            advance = functools.partial(progress.advance, task)
+            results.append(train(name, flows[name], data, steps, advance))
     plane = density(flows["two moons"], reach, points)
     results[0].integral = plane.sum().item() * (2 * reach / points) ** 2
     with torch.no_grad():
         samples = flows["two moons"].inverse(torch.randn(2000, 2))
         data = sets["digits"]
-        logits = flows["digits"].inverse(0.7 * torch.randn(36, 64)) * data.std(0) + data.mean(0)
+        drawn = flows["digits"].inverse(0.7 * torch.randn(36, 64))
+        logits = drawn * data.deviation + data.mean
         images = ((logits.sigmoid() - 0.05) / 0.9 * 17 - 0.5).reshape(36, 8, 8)
     draw(options.output / "flow.png", plane, reach, samples, images)
 
