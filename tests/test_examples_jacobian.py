@@ -8,7 +8,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from examples import backprop, checkpoint, flow, newton_krylov
+from examples import backprop, checkpoint, flow, gradient_flow, newton_krylov
 
 pytestmark = pytest.mark.cpu_only
 
@@ -129,6 +129,26 @@ def test_flow_fails(tmp_path, monkeypatch):
     assert "digits: log|det J| differs from the dense one by 5.0e-01" in words
 
 
+def test_gradient_flow(tmp_path, capsys):
+    status, record = run(gradient_flow, tmp_path)
+    assert status == 0 and record["failures"] == []
+    first = {name: r["layers"][0]["gradient"] for name, r in record["reports"].items()}
+    assert first["sigmoid"] < 1e-3 and first["large weights"] > 1e3
+    assert 0.3 < first["residual"] < 30
+    printed = capsys.readouterr().out
+    assert "Jacobians of the layers" in printed and str(tmp_path) in printed
+
+
+def test_gradient_flow_fails(tmp_path, monkeypatch):
+    """Were the networks mixed up, the check would say so."""
+    made = gradient_flow.networks(8, 16)
+    names = ["residual", "sigmoid", "large weights"]
+    mixed = dict(zip(names, made.values(), strict=True))
+    monkeypatch.setattr(gradient_flow, "networks", lambda *_: mixed)
+    status, record = run(gradient_flow, tmp_path)
+    assert status == 1 and len(record["failures"]) == 4
+
+
 @pytest.mark.parametrize(
     "name,arguments",
     [
@@ -138,6 +158,7 @@ def test_flow_fails(tmp_path, monkeypatch):
         ("checkpoint", ("--depth", "8")),
         ("checkpoint", ("--repeats", "0")),
         ("flow", ("--steps", "0")),
+        ("gradient_flow", ("--depth", "4")),
     ],
 )
 def test_bad_arguments(name, arguments, tmp_path, capsys):
