@@ -17,6 +17,11 @@ close = torch.testing.assert_close
 POLICIES = ["sqrt", "all", "none", 1, 3, 100]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_same_start):
+    torch.set_num_threads(1)  # so small tensors gain nothing from more
+
+
 def model(depth=9, width=16, p=0.3):
     return nn.Sequential(
         *(nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(p)) for _ in range(depth))

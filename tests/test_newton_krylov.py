@@ -12,6 +12,11 @@ close = torch.testing.assert_close
 A = torch.randn(30, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_same_start):
+    torch.set_num_threads(1)  # so small tensors gain nothing from more
+
+
 def f(x):
     """A nonlinear system with the root 1."""
     ones = torch.ones_like(x)

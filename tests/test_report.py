@@ -148,11 +148,11 @@ def test_exploding():
 def test_residual(after):
     """A ResNet does neither: the identity carries the gradient."""
     made = {None: lambda: None, nn.ReLU: nn.ReLU, nn.LayerNorm: lambda: nn.LayerNorm(24)}[after]
-    model = nn.Sequential(nn.Linear(8, 24), *(Residual(24, made()) for _ in range(8)))
+    model = nn.Sequential(nn.Linear(8, 24), *(Residual(24, made()) for _ in range(5)))
     x = torch.randn(32, 8)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     table = rows(model, x)
-    blocks = [table[str(i)] for i in range(1, 9)]
+    blocks = [table[str(i)] for i in range(1, 6)]
     for row in blocks:
         assert row.structure == "residual: I + J" and 0.5 < row.identity <= 1.01
         assert "identity carries" in row.flags
