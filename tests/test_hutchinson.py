@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import jacobian_ops.functional as J
-from jacobian_ops.jacobian.trace import divergence, trace
+from jacobian_ops.jacobian.hutchinson import divergence, trace
 
 close = torch.testing.assert_close
 A = torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -53,7 +53,7 @@ def test_divergence():
     assert value.shape == error.shape == (6,)
     assert (abs(value - expected) < 4.5 * error).all()
     single = divergence(field, x)
-    assert single.value.shape == (6,) and single.error.isnan().all()
+    assert single.value.shape == (6,) and single.standard_error.isnan().all()
     points = torch.randn(9)
     close(divergence(J.tanh, points).value, 1 - points.tanh().square())
 

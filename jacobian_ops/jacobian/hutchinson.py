@@ -18,11 +18,11 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: The mean.
-        error: Its standard error, the samples' standard deviation over the root of their number.
+        standard_error: The samples' standard deviation over the root of their number.
     """
 
     value: Tensor
-    error: Tensor
+    standard_error: Tensor
 
 
 def trace(
@@ -121,5 +121,5 @@ def _quadratic_forms(op, f, x, samples, distribution, generator, least=2):
 def _estimate(values):
     """Mean over the first dimension, and its standard error."""
     samples = len(values)
-    error = values.std(0) / samples**0.5 if samples > 1 else torch.full_like(values[0], torch.nan)
-    return Estimate(values.mean(0), error)
+    standard_error = values.std(0) / samples**0.5 if samples > 1 else torch.full_like(values[0], torch.nan)
+    return Estimate(values.mean(0), standard_error)
