@@ -52,9 +52,11 @@ build: $(BUILT)  ## make the environment and build the package in place
 demo: $(BUILT)  ## train a small transformer on real digits, native and ours, and compare
 	$(PY) -m examples.digits
 
-examples: $(BUILT)  ## one-step generation with MeanFlow, and eigenvalues of a Hessian
-	$(PY) -m examples.hvp
-	$(PY) -m examples.meanflow
+EXAMPLES = gradient_flow backprop newton_krylov flow checkpoint hvp meanflow
+examples: $(BUILT)  ## what Jacobian products are for: MeanFlow, Hessians, flows, solvers
+	@set -e; for example in $(EXAMPLES); do \
+	  echo "== python -m examples.$$example"; $(PY) -m examples.$$example; \
+	done
 
 # Twice: with every call going to our own kernels, then as users run it, where tiny calls and some
 # matrix products go to torch.  Both passes run, even when the first fails; the second one leaves out
