@@ -12,7 +12,11 @@ from .chain import Plan
 from .composite import BlockDiagonal, Chain, Scaled, Sum, Transposed
 from .determinant import LogDetEstimate, logdet_series
 from .functions import compute_full_jacobian, ggnvp, hvp, jvp, vjp
+from .geometry import plot_geometry
+from .hutchinson import Estimate, divergence, trace
+from .implicit import fixed_point
 from .linearize import jacobian
+from .newton_krylov import newton_krylov
 from .operator import Operator, SLogDet
 from .structures import (
     Dense,
@@ -33,9 +37,10 @@ __all__ = [
     "Dense",
     "Diagonal",
     "DiagonalPlusLowRank",
-    "LogDetEstimate",
+    "Estimate",
     "Identity",
     "Joined",
+    "LogDetEstimate",
     "MatrixFree",
     "Operator",
     "Permutation",
@@ -48,11 +53,16 @@ __all__ = [
     "Triangular",
     "Zero",
     "compute_full_jacobian",
+    "divergence",
+    "fixed_point",
     "ggnvp",
     "hvp",
     "jacobian",
     "jvp",
     "logdet_series",
+    "newton_krylov",
+    "plot_geometry",
+    "trace",
     "vjp",
 ]
 

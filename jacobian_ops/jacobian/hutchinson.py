@@ -75,7 +75,7 @@ def divergence(
         f: A vector field from (batch, *shape) to the same that treats every sample on its own;
             otherwise as in :func:`trace`.
         x: Where, (batch, *shape), floating point.
-        samples: How many JVPs, for all of the batch at once; the error of one alone is NaN.
+        samples: How many JVPs, for all of the batch at once; one alone has NaN as its error.
         distribution: As in :func:`trace`.
         generator: As in :func:`trace`.
 
@@ -121,5 +121,6 @@ def _quadratic_forms(op, f, x, samples, distribution, generator, least=2):
 def _estimate(values):
     """Mean over the first dimension, and its standard error."""
     samples = len(values)
-    standard_error = values.std(0) / samples**0.5 if samples > 1 else torch.full_like(values[0], torch.nan)
+    unknown = torch.full_like(values[0], torch.nan)
+    standard_error = values.std(0) / samples**0.5 if samples > 1 else unknown
     return Estimate(values.mean(0), standard_error)
