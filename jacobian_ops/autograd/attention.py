@@ -14,7 +14,7 @@ import torch
 from .. import kernels
 from ..kernels.attention import laid_out_as, result_shape, wide
 from .dropout import dropout
-from .rule import Rule, define
+from .rule import Rule, add, define, needed
 
 _QKV = "Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? bias, Tensor? seed"
 _TANGENTS = "Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias"
@@ -32,15 +32,6 @@ def _fake_o(q, v):
 
 def _fake_row(q):
     return q.new_empty(q.shape[:-1], dtype=wide(q))
-
-
-def _pick(needs, gradients):
-    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=False))
-
-
-def _add(a, b):
-    """Sum of two terms, either of which may be absent."""
-    return b if a is None else a if b is None else a + b
 
 
 # ------------------------------------------------------------------- in elementary ops
@@ -207,7 +198,7 @@ class Attention(Rule):
             return (None,) * _GIVEN
         gradients = attention_vjp(*given, o, lse, go, *consts)
         gbias = _bias_gradients(given, (), consts, go, None)[0] if needs[4] else None
-        return _pick(needs, (*gradients, None, gbias, None))
+        return needed(needs, (*gradients, None, gbias, None))
 
     def jvp(primals, out, tangents):
         return Attention.dual(primals, tangents)[1]
@@ -248,7 +239,7 @@ class AttentionJvp(Rule):
         gbias = gtbias = None
         if needs[4] or needs[9]:
             gbias, gtbias = _bias_gradients(given, tangents, consts, go, gto)
-        return _pick(needs, (gq, gk, gv, None, gbias, None, *gt, gtbias))
+        return needed(needs, (gq, gk, gv, None, gbias, None, *gt, gtbias))
 
     def jvp(primals, out, tangents):
         given, along, consts = primals[:6], primals[6:10], primals[10:]
@@ -263,7 +254,7 @@ class AttentionJvp(Rule):
         do = first(direction)
         dto = first(tangents[6:10])
         if do is not None and any(t is not None for t in along):
-            dto = _add(dto, _second(given, consts, along, direction))
+            dto = add(dto, _second(given, consts, along, direction))
         return do, dto, None, None
 
     def dual(primals, tangents):
@@ -299,7 +290,7 @@ class AttentionVjp(Rule):
         gbias = None
         if needs[4]:
             gbias = _bias_gradients(given, (*h, None), consts, None, go)[0]
-        return _pick(needs, (*gradients, None, gbias, None, None, None, to))
+        return needed(needs, (*gradients, None, gbias, None, None, None, to))
 
     def jvp(primals, out, tangents):
         return AttentionVjp.dual(primals, tangents)[1]

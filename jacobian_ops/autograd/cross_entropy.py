@@ -15,15 +15,11 @@ from .. import kernels
 from ..kernels._arguments import result_like
 from ..kernels.cross_entropy import losses_like, wide
 from . import softmax as _softmax
-from .rule import Rule, define
+from .rule import Rule, add, define
 
 
 def _fake(x, *_):
     return result_like(x, row_major=True)
-
-
-def _add(a, b):
-    return b if a is None else a if b is None else a + b
 
 
 class _Loss(Rule):
@@ -145,7 +141,7 @@ class CrossEntropy(_Loss):
         else:
             loss, tloss = cross_entropy_jvp(x, target, weight, tx, *consts)
         if ttarget is not None:
-            tloss = _add(tloss, _Probabilities(x, weight, *consts).tangent(ttarget))
+            tloss = add(tloss, _Probabilities(x, weight, *consts).tangent(ttarget))
         return loss, tloss
 
 
@@ -180,7 +176,7 @@ class CrossEntropyJvp(_Loss):
         if needs[1]:
             of = _Probabilities(x, weight, *consts)
             gtarget = None if g is None else of.gradient(g)
-            gtarget = _add(gtarget, None if gt is None else of.gradient_along(gt, tx))
+            gtarget = add(gtarget, None if gt is None else of.gradient_along(gt, tx))
             gtarget = gtarget.to(target.dtype)
         return gx, gtarget, None, gtx if needs[3] else None
 
@@ -198,11 +194,11 @@ class CrossEntropyJvp(_Loss):
             dloss = along(dx)
             one = torch.ones_like(dloss)
             bent = cross_entropy_vjp_jvp(x, target, weight, one, tx, None, *consts)[1]
-            dtloss = _add(dtloss, (_wide(bent) * _wide(dx)).sum(consts[0]))
+            dtloss = add(dtloss, (_wide(bent) * _wide(dx)).sum(consts[0]))
         if dtarget is not None:
             of = _Probabilities(x, weight, *consts)
-            dloss = _add(dloss, of.tangent(dtarget))
-            dtloss = _add(dtloss, of.tangent_along(dtarget, tx))
+            dloss = add(dloss, of.tangent(dtarget))
+            dtloss = add(dtloss, of.tangent_along(dtarget, tx))
         return dloss, dtloss
 
     def dual(primals, tangents):
@@ -252,7 +248,7 @@ class CrossEntropyVjp(_Loss):
                 tgx = cross_entropy_vjp(x, target, weight, tg, *consts)
         if ttarget is not None:
             more = _Probabilities(x, weight, *consts).tangent_of_gradient(g, ttarget)
-            tgx = _add(tgx, more.to(x.dtype))
+            tgx = add(tgx, more.to(x.dtype))
         return gx, tgx
 
 

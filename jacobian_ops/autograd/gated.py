@@ -12,21 +12,11 @@ import torch
 from .. import kernels
 from ..kernels._arguments import result_like
 from .activation import activation, activation_vjp
-from .rule import Rule, define
+from .rule import Rule, add, define, needed
 
 
 def _fake(gate, *_):
     return result_like(gate, row_major=True)
-
-
-def _needed(needs, *gradients):
-    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=False))
-
-
-def _add(*terms):
-    """Sum of the terms that are there, or None."""
-    terms = [t for t in terms if t is not None]
-    return sum(terms[1:], terms[0]) if terms else None
 
 
 def _times(a, b):
@@ -52,7 +42,7 @@ class _At:
         return None if g is None else activation_vjp(self.gate, g, None, self.f, (), 0.0, order)
 
     def result(self, *terms):
-        total = _add(*terms)
+        total = add(*terms)
         return (
             torch.zeros_like(self.gate, dtype=self.dtype) if total is None else total.to(self.dtype)
         )
@@ -71,7 +61,7 @@ class Gated(Rule):
         return args[:2]
 
     def vjp(saved, consts, needs, gy):
-        return _needed(needs, *gated_vjp(*saved, gy, *consts))
+        return needed(needs, gated_vjp(*saved, gy, *consts))
 
     def jvp(primals, y, tangents):
         return Gated.dual(primals, tangents)[1]
@@ -101,9 +91,9 @@ class GatedJvp(Rule):
     def vjp(saved, consts, needs, gy, gty):
         gate, up, tgate, tup = saved
         if gty is None:
-            return _needed(needs, *gated_vjp(gate, up, gy, *consts), None, None)
+            return needed(needs, (*gated_vjp(gate, up, gy, *consts), None, None))
         gtgate, gtup, ggate, gup = gated_vjp_jvp(gate, up, gty, tgate, tup, gy, *consts)
-        return _needed(needs, ggate, gup, gtgate, gtup)
+        return needed(needs, (ggate, gup, gtgate, gtup))
 
     def jvp(primals, out, tangents):
         gate, up, tgate, tup, f = primals
@@ -117,8 +107,8 @@ class GatedJvp(Rule):
         if dgate is not None and (tgate is not None or tup is not None):
             bent = gated_vjp_vjp(gate, up, dgate, tgate, tup, f)[0]
         if dup is not None and tgate is not None:
-            bent = _add(bent, activation_vjp(gate, tgate * dup, None, f, (), 0.0, 1))
-        return along(dgate, dup), _add(along(dtgate, dtup), bent)
+            bent = add(bent, activation_vjp(gate, tgate * dup, None, f, (), 0.0, 1))
+        return along(dgate, dup), add(along(dtgate, dtup), bent)
 
     def dual(primals, tangents):
         out = gated_jvp(*primals)
@@ -140,7 +130,7 @@ class GatedVjp(Rule):
         return args[:3]
 
     def vjp(saved, consts, needs, hggate, hgup):
-        return _needed(needs, *gated_vjp_vjp(*saved, hggate, hgup, *consts))
+        return needed(needs, gated_vjp_vjp(*saved, hggate, hgup, *consts))
 
     def jvp(primals, out, tangents):
         return GatedVjp.dual(primals, tangents)[1]
@@ -197,7 +187,7 @@ class GatedVjpJvp(Rule):
         return (
             at.result(at.along(up * gy)),
             at.result(at.value(gy)),
-            at.result(bent, at.along(_add(_times(gy, tup), _times(up, tgy)))),
+            at.result(bent, at.along(add(_times(gy, tup), _times(up, tgy)))),
             at.result(at.along(_times(gy, tgate)), at.value(tgy)),
         )
 

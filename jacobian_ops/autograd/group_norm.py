@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.group_norm import new_stats
 from .norm import Primitive, fake, family
-from .rule import Rule, define, plain
+from .rule import Rule, define, needed, plain
 
 
 class _Grouped(Rule):
@@ -103,8 +103,7 @@ class BatchNorm(_Grouped):
         return args[:2]
 
     def vjp(saved, consts, needs, gy, _):
-        gradients = group_norm_vjp(*saved, gy, None, 0, *consts)
-        return tuple(g if n else None for g, n in zip(gradients, needs, strict=False))
+        return needed(needs, group_norm_vjp(*saved, gy, None, 0, *consts))
 
     def jvp(primals, out, tangents):
         return group_norm_jvp(*primals[:3], *tangents, None, 0, *primals[3:])[1], None

@@ -13,13 +13,7 @@ from .. import kernels
 from ..kernels._arguments import linear_result
 from .activation import activation_jvp, activation_vjp, from_result
 from .dropout import dropout
-from .rule import Rule, define, front
-
-
-def _add(*terms):
-    """Sum of the terms that are there, or None."""
-    terms = [t for t in terms if t is not None]
-    return sum(terms[1:], terms[0]) if terms else None
+from .rule import Rule, add, define, front, needed
 
 
 def _product(x, weight):
@@ -39,7 +33,7 @@ def _tangent(x, weight, tx, tweight, tbias):
         along_weight = linear(x, tweight, tbias if tx is None else None)
     if tx is None and tweight is None and tbias is not None:
         return tbias.unsqueeze(-2).expand(*x.shape[:-1], tbias.shape[-1]).clone()
-    return _add(along_x, along_weight)
+    return add(along_x, along_weight)
 
 
 class Linear(Rule):
@@ -60,8 +54,7 @@ class Linear(Rule):
     def vjp(saved, consts, needs, gy):
         x, weight = saved
         x, weight = x if needs[1] else None, weight if needs[0] else None
-        gradients = linear_vjp(gy, x, weight, bool(needs[2]))
-        return tuple(g if n else None for g, n in zip(gradients, needs, strict=False))
+        return needed(needs, linear_vjp(gy, x, weight, bool(needs[2])))
 
     def jvp(primals, y, tangents):
         return _tangent(*primals[:2], *tangents)
@@ -143,8 +136,8 @@ class LinearJvp(Rule):
         x, weight, tx, tweight = saved
         gyT, gtyT, weightT, tweightT, xT, txT = map(_transposed, (gy, gty, weight, tweight, x, tx))
         return (
-            _add(_product(gy, weightT), _product(gty, tweightT)) if needs[0] else None,
-            _add(_product(gyT, xT), _product(gtyT, txT)) if needs[1] else None,
+            add(_product(gy, weightT), _product(gty, tweightT)) if needs[0] else None,
+            add(_product(gyT, xT), _product(gtyT, txT)) if needs[1] else None,
             column_sum(gy) if needs[2] and gy is not None else None,
             _product(gty, weightT) if needs[3] else None,
             _product(gtyT, xT) if needs[4] else None,
@@ -155,8 +148,8 @@ class LinearJvp(Rule):
         x, weight, _, tx, tweight, _ = primals
         dx, dweight, dbias, dtx, dtweight, dtbias = tangents
         dy = _tangent(x, weight, dx, dweight, dbias)
-        mixed = _add(_product(tx, dweight), _product(dx, tweight))
-        return dy, _add(_tangent(x, weight, dtx, dtweight, dtbias), mixed)
+        mixed = add(_product(tx, dweight), _product(dx, tweight))
+        return dy, add(_tangent(x, weight, dtx, dtweight, dtbias), mixed)
 
     def dual(primals, tangents):
         return linear_jvp(*primals), LinearJvp.jvp(primals, None, tangents)
@@ -235,7 +228,7 @@ class LinearActDropout(Rule):
             f = from_result(f, p) or f
         gz = gz if keep_z else None
         if f == "identity" and seed is None:
-            gy, gz = None, _add(gy, gz)
+            gy, gz = None, add(gy, gz)
         if gy is None and gz is None:
             return None, None, None, gresidual, None
         factors = x if needs[1] else None, weight if needs[0] else None
@@ -244,9 +237,8 @@ class LinearActDropout(Rule):
             gradients = linear_act_dropout_vjp(gy, s, *factors, *rest)
         else:
             through = None if gy is None else _through(gy, s, seed, f, params, p)
-            gradients = linear_vjp(_add(gz, through), *factors, bool(needs[2]))
-        gradients = (g if n else None for g, n in zip(gradients, needs, strict=False))
-        return *gradients, gresidual, None
+            gradients = linear_vjp(add(gz, through), *factors, bool(needs[2]))
+        return *needed(needs, gradients), gresidual, None
 
     def jvp(primals, out, tangents):
         x, weight, bias, residual, seed, f, params, p, keep_z = primals
@@ -257,7 +249,7 @@ class LinearActDropout(Rule):
         s, at = _kept(f, p, keep_z, residual, out)
         if s is None and f != "identity":
             s = linear(x, weight, bias)
-        ty = _add(_through(tz, s, seed, at, params, p), tresidual)
+        ty = add(_through(tz, s, seed, at, params, p), tresidual)
         return ty, tz if keep_z else None
 
     def dual(primals, tangents):
@@ -266,7 +258,7 @@ class LinearActDropout(Rule):
         if keep_z:
             z, tz = linear_jvp(x, weight, bias, *tangents[:3])
             y, ty = activation_jvp(z, tz, seed, f, params, p)
-            return (_add(y, residual), z), (_add(ty, tresidual), tz)
+            return (add(y, residual), z), (add(ty, tresidual), tz)
         rest = seed, f, params, p
         y, ty = linear_act_dropout_jvp(x, weight, bias, residual, *tangents[:4], *rest)
         return (y, x.new_empty(0)), (ty, None)
@@ -323,7 +315,7 @@ class LinearActDropoutJvp(Rule):
     def composite(x, weight, bias, residual, tx, tweight, tbias, tresidual, seed, f, params, p):
         z, tz = linear_jvp(x, weight, bias, tx, tweight, tbias)
         y, ty = activation_jvp(z, tz, seed, f, params, p)
-        return _add(y, residual), _add(ty, tresidual)
+        return add(y, residual), add(ty, tresidual)
 
 
 linear = define(Linear)

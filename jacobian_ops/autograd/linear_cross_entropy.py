@@ -12,16 +12,12 @@ from .. import kernels
 from ..kernels.cross_entropy import losses_like, wide
 from .cross_entropy import cross_entropy_jvp, cross_entropy_vjp_jvp
 from .linear import linear, linear_jvp
-from .rule import Rule, by_sample, define
+from .rule import Rule, add, by_sample, define
 
 _ARGUMENTS = "Tensor x, Tensor linear_weight, Tensor target, Tensor? bias, Tensor? weight"
 _CONSTS = "int ignore_index, float smoothing, int chunk"
 _TANGENTS = "Tensor? tx, Tensor? tlinear_weight, Tensor? tbias"
 _ALL = [True, True, True]
-
-
-def _add(a, b):
-    return b if a is None else a if b is None else a + b
 
 
 def _refuse(needed):
@@ -130,11 +126,11 @@ class LinearCrossEntropyJvp(_Chunked):
             one = torch.ones_like(dloss)
             bent = cross_entropy_vjp_jvp(z, target, weight, one, tz, None, *loss)[1]
             dtype = wide(z.dtype)
-            dtloss = _add(dtloss, (bent.to(dtype) * dz.to(dtype)).sum(1))
+            dtloss = add(dtloss, (bent.to(dtype) * dz.to(dtype)).sum(1))
             mixed = None
             for a, b in ((tx, dlinear_weight), (dx, tlinear_weight)):
                 if a is not None and b is not None:
-                    mixed = _add(mixed, linear(a, b, None))
+                    mixed = add(mixed, linear(a, b, None))
             if mixed is not None:
                 dtloss = dtloss + cross_entropy_jvp(z, target, weight, mixed, *loss)[1]
         return dloss, dtloss

@@ -12,7 +12,7 @@ import torch
 
 from .. import kernels
 from ..kernels._arguments import result_like
-from .rule import Rule, by_sample, define
+from .rule import Rule, by_sample, define, needed
 
 
 def fake(x, *_):
@@ -60,12 +60,6 @@ class Primitive:
         return q - self.x * self.mean(self.x * q)
 
 
-def _needed(needs, gradients, rest):
-    """Gradients where they are asked for, and None for the ``rest`` of the tensors."""
-    kept = (g if needed else None for g, needed in zip(gradients, needs, strict=False))
-    return (*kept, *(None for _ in rest))
-
-
 def _apart(*results, sums):
     """An op's results: each sum a tensor of its own, as views of one break torch.compile."""
     return (*results, *(s.clone() for s in sums))
@@ -105,7 +99,7 @@ def family(name, base, primitive, constants, of_weight):
 
         def vjp(saved, consts, needs, gy):
             x, weight, *rest = saved
-            return _needed(needs, norm_vjp(x, weight, gy, *rest, *consts), rest)
+            return needed(needs, norm_vjp(x, weight, gy, *rest, *consts), rest)
 
         def jvp(primals, y, tangents):
             return Norm.dual(primals, tangents)[1]
@@ -136,11 +130,11 @@ def family(name, base, primitive, constants, of_weight):
             x, weight, tx, tweight, *rest = saved
             if gty is None:
                 gradients = norm_vjp(x, weight, gy, *rest, *consts)
-                return _needed(needs, (*gradients, None, None, None), rest)
+                return needed(needs, (*gradients, None, None, None), rest)
             gtx, gx, gtweight, gtbias, gweight, gbias = norm_vjp_jvp(
                 x, weight, gty, tx, tweight, gy, *rest, *consts
             )
-            return _needed(needs, (gx, gweight, gbias, gtx, gtweight, gtbias), rest)
+            return needed(needs, (gx, gweight, gbias, gtx, gtweight, gtbias), rest)
 
         def jvp(primals, out, tangents):
             x, weight, bias, tx, tweight, _, *rest = primals
@@ -199,7 +193,7 @@ def family(name, base, primitive, constants, of_weight):
             gx = gweight = None
             if needs[0] or needs[1]:
                 _, gx, _, _, gweight, _ = norm_vjp_jvp(x, weight, gy, hx, hweight, None, *more)
-            return _needed(needs, (gx, gweight, ggy), rest)
+            return needed(needs, (gx, gweight, ggy), rest)
 
         def jvp(primals, out, tangents):
             return NormVjp.dual(primals, tangents)[1]
@@ -335,12 +329,12 @@ class AddNorm(_Rows):
     def vjp(saved, consts, needs, gy, gsum):
         total, weight = saved
         if gy is None:
-            return _needed(needs, (gsum, gsum, None, None), ())
+            return needed(needs, (gsum, gsum, None, None))
         if gsum is None:
             gx, gweight, gbias = norm_vjp(total, weight, gy, *consts)
         else:
             gx, gweight, gbias = add_norm_vjp(total, weight, gy, gsum, *consts)
-        return _needed(needs, (gx, gx, gweight, gbias), ())
+        return needed(needs, (gx, gx, gweight, gbias))
 
     def jvp(primals, out, tangents):
         weight, bias = primals[2:4]

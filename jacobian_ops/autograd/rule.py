@@ -103,6 +103,18 @@ def front(info, dims, args):
     )
 
 
+def add(*terms):
+    """Sum of the terms that are there, or None."""
+    present = [t for t in terms if t is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
+def needed(needs, gradients, constants=()):
+    """The gradients that are asked for; None for the others, and for ``constants``."""
+    kept = (g if needed else None for g, needed in zip(gradients, needs, strict=False))
+    return (*kept, *(None for _ in constants))
+
+
 def by_sample(op, info, dims, args):
     """The rule of vmap that calls ``op`` for each sample by itself."""
     results = [

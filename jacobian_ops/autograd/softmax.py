@@ -10,12 +10,7 @@ from __future__ import annotations
 from .. import kernels
 from ..kernels._arguments import result_like
 from .dropout import dropout
-from .rule import Rule, define, front
-
-
-def _add(a, b):
-    """Sum of two terms, either of which may be absent."""
-    return b if a is None else a if b is None else a + b
+from .rule import Rule, add, define, front
 
 
 class _Rows(Rule):
@@ -89,7 +84,7 @@ class SoftmaxVjp(_Rows):
         if ty is not None:
             along_y = ty * (gy - (y * gy).sum(dim, True)) - y * (ty * gy).sum(dim, True)
             along_y = along_y if scale == 1.0 else scale * along_y
-        return _add(along_y, None if tgy is None else softmax_vjp(y, tgy, dim, scale))
+        return add(along_y, None if tgy is None else softmax_vjp(y, tgy, dim, scale))
 
     def dual(primals, tangents):
         y, gy, *consts = primals
@@ -117,7 +112,7 @@ class SoftmaxJvp(_Rows):
         gtx = None
         if gty is not None:
             hy, gtx = SoftmaxVjp.vjp(saved, consts, needs, gty)
-            gy = _add(gy, hy)
+            gy = add(gy, hy)
         return softmax_vjp(y, gy, *consts) if needs[0] and gy is not None else None, gtx
 
     def jvp(primals, out, tangents):
@@ -218,7 +213,7 @@ class LogSoftmaxVjp(_Rows):
     def jvp(primals, gx, tangents):
         (y, gy, dim), (ty, tgy) = primals, tangents
         along_y = None if ty is None else -y.exp() * ty * gy.sum(dim, True)
-        return _add(along_y, None if tgy is None else log_softmax_vjp(y, tgy, dim))
+        return add(along_y, None if tgy is None else log_softmax_vjp(y, tgy, dim))
 
     def dual(primals, tangents):
         y, gy, dim = primals
@@ -257,7 +252,7 @@ class LogSoftmaxJvp(_Rows):
         if gty is not None:
             gtx = log_softmax_vjp(y, gty, dim) if needs[1] else None
             if needs[0]:
-                gy = _add(gy, -y.exp() * tx * gty.sum(dim, True))
+                gy = add(gy, -y.exp() * tx * gty.sum(dim, True))
         return log_softmax_vjp(y, gy, dim) if needs[0] and gy is not None else None, gtx
 
     def jvp(primals, out, tangents):
@@ -265,7 +260,7 @@ class LogSoftmaxJvp(_Rows):
         dy = None if dx is None else log_softmax_tangent(y, dx, dim)
         dty = None if dtx is None else log_softmax_tangent(y, dtx, dim)
         along_y = None if dy is None else -(y.exp() * dy * tx).sum(dim, True).expand_as(y)
-        return dy, _add(dty, along_y)
+        return dy, add(dty, along_y)
 
     def dual(primals, tangents):
         (x, tx, dim), dx = primals, tangents[0]
