@@ -64,7 +64,9 @@ examples: $(BUILT)  ## what Jacobian products are for: MeanFlow, Hessians, flows
 # dispatcher ops, which are ours however small they are.
 WITHOUT_TORCH = --routed $(patsubst %,--ignore=tests/test_%.py, \
   attention bench compile cross_entropy cuda_gate dispatcher dropout gated group_norm host_memory \
-  info limits norm packaging products rotary runtime)
+  info limits norm packaging products rotary runtime) --ignore-glob='tests/test_jacobian_*.py' \
+  $(patsubst %,--ignore=tests/test_%.py,checkpointing examples_jacobian geometry hutchinson implicit \
+  newton_krylov report)
 test: $(BUILT)  ## run the tests, with and without what is left to torch
 	@status=0; \
 	echo "== every call through our own kernels"; \
