@@ -185,7 +185,7 @@ struct Fma {
   // c += x y, over kDepth of both from `first` of x on
   template <class X>
   static __device__ __forceinline__ void multiply(Tile& c, const X& x, int first, const Lines& y) {
-#pragma unroll 4  // more would be read ahead than there are registers for
+#pragma unroll 1  // what is read ahead has no registers beside eight tiles
     for (int k = 0; k < kDepth; ++k) {
       const Group a = x.of[first + k][threadIdx.x / 16], b = y.of[k][threadIdx.x % 16];
 #pragma unroll
@@ -667,26 +667,19 @@ __global__ void __launch_bounds__(kDeltaThreads)
   }
 }
 
-// What the products know of a tile's queries, the rows of a thread or its columns.
-template <class T, bool kDual, bool kQueriesDown>
-struct Queries {
-  using A = Compute<T>;
-  using Of = Shape<T>;
-  static constexpr int kCount = kQueriesDown ? Of::kDown : Of::kAcross;
-  A lse[kCount], delta[kCount], mu[kCount] = {}, tdelta[kCount] = {};
+// What the products know of a query: lse is +inf past the last one, so that its weights are zero.
+template <class A, bool kDual>
+struct Query {
+  A lse, delta, mu = 0, tdelta = 0;
 
-  __device__ __forceinline__ Queries(const Call<T>& call, const Corner& at) {
-    const std::int64_t first = call.number(at.batch, at.head, at.query);
-    const int queries = Block<T, kDual>::left(call.queries, at.query);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int query = kQueriesDown ? Of::row(i) : Of::col(i);
-      const bool there = query < queries;
-      const std::int64_t n = first + (there ? query : 0);
-      lse[i] = there ? call.lse[n] : kInfinity<A>;
-      delta[i] = call.delta[n];
-      if constexpr (kDual) mu[i] = call.mu[n], tdelta[i] = call.tdelta[n];
-    }
+  template <class T>
+  __device__ __forceinline__ Query(const Call<T>& call, std::int64_t first, int query,
+                                   int queries) {
+    const bool there = query < queries;
+    const std::int64_t n = first + (there ? query : 0);
+    lse = there ? call.lse[n] : kInfinity<A>;
+    delta = call.delta[n];
+    if constexpr (kDual) mu = call.mu[n], tdelta = call.tdelta[n];
   }
 };
 
@@ -710,21 +703,26 @@ __device__ __forceinline__ void cotangents(Block<T, kDual>& block, const Corner&
   multiply(call.q, call.k, weights);
   block.template score<kQueriesDown>(at, weights);
   if (wanted) multiply(call.go, call.v, scores);
-  const Queries<T, kDual, kQueriesDown> of(call, at);
+  const std::int64_t first = call.number(at.batch, at.head, at.query);
+  const int queries = Block<T, kDual>::left(call.queries, at.query);
+  constexpr int kOuter = kQueriesDown ? Of::kDown : Of::kAcross;
+  constexpr int kInner = kQueriesDown ? Of::kAcross : Of::kDown;
 #pragma unroll
-  for (int i = 0; i < Of::kDown; ++i) {
+  for (int n = 0; n < kOuter; ++n) {
+    // A query at a time: those of all would not fit into registers beside the tiles.
+    const Query<A, kDual> of(call, first, kQueriesDown ? Of::row(n) : Of::col(n), queries);
 #pragma unroll
-    for (int j = 0; j < Of::kAcross; ++j) {
-      const int n = kQueriesDown ? i : j;
+    for (int k = 0; k < kInner; ++k) {
+      const int i = kQueriesDown ? n : k, j = kQueriesDown ? k : n;
       const A m = kQueriesDown ? block.multiplier_at(Of::row(i), Of::col(j))
                                : block.multiplier_at(Of::col(j), Of::row(i));
-      const A p = attention_weight(weights[0](i, j), of.lse[n]), dp = m * scores[0](i, j);
+      const A p = attention_weight(weights[0](i, j), of.lse), dp = m * scores[0](i, j);
       weights[0](i, j) = m * p;
-      scores[0](i, j) = score_cotangent(p, dp, of.delta[n]);
+      scores[0](i, j) = score_cotangent(p, dp, of.delta);
       if constexpr (kDual) {
-        const A tp = weight_tangent(p, weights[1](i, j), of.mu[n]), tdp = m * scores[1](i, j);
+        const A tp = weight_tangent(p, weights[1](i, j), of.mu), tdp = m * scores[1](i, j);
         weights[1](i, j) = m * tp;
-        scores[1](i, j) = score_cotangent_tangent(p, tp, dp, tdp, of.delta[n], of.tdelta[n]);
+        scores[1](i, j) = score_cotangent_tangent(p, tp, dp, tdp, of.delta, of.tdelta);
       }
     }
   }
