@@ -259,7 +259,7 @@ struct Mma {
   }
 
   static __device__ __forceinline__ void multiply_lines(Tile& c, const Lines& x, const Lines& y) {
-#pragma unroll
+#pragma unroll 1  // what is read ahead has no registers beside eight tiles
     for (int k = 0; k < kDepth; k += 16) {
       std::uint32_t a[4];
       dev::ldmatrix_x4(a, &x.of[top() + lane() % 16][k + lane() / 16 * 8]);
@@ -275,7 +275,7 @@ struct Mma {
   }
   static __device__ __forceinline__ void multiply_others(Tile& c, const Weights& x, int first,
                                                          const Others& y) {
-#pragma unroll
+#pragma unroll 1  // what is read ahead has no registers beside eight tiles
     for (int k = 0; k < kDepth; k += 16) {
       std::uint32_t a[4];
       dev::ldmatrix_x4(a, &x.of[top() + lane() % 16][(first + k) / 2 + lane() / 16 * 4]);
