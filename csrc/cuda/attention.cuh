@@ -645,18 +645,24 @@ __global__ void __launch_bounds__(kDeltaThreads)
   A sum = 0, tsum = 0;
 #pragma unroll 1
   for (std::int64_t col = threadIdx.x % 32 * kEach; col < o.width; col += 32 * kEach) {
-    A of[kEach] = {}, go[kEach] = {}, tof[kEach] = {}, tgo[kEach] = {};
     const auto read = [&](const Tensor<const T>& from, A(&numbers)[kEach]) {
-      if (from.data) unpack<T>(pack_of(from, from.at(batch, head, query, 0), col), numbers);
+      unpack<T>(pack_of(from, from.at(batch, head, query, 0), col), numbers);
     };
+    const auto add_products = [&](const A(&a)[kEach], const A(&b)[kEach], A& to_sum) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) to_sum = fma(a[i], b[i], to_sum);
+    };
+    A of[kEach], go[kEach], tangent[kEach];
     read(o, of);
     read(call.go[0], go);
-    read(to, tof);
-    read(call.go[1], tgo);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      sum = fma(go[i], of[i], sum);
-      tsum = fma(tgo[i], of[i], fma(go[i], tof[i], tsum));
+    add_products(go, of, sum);
+    if (to.data) {
+      read(to, tangent);
+      add_products(go, tangent, tsum);
+    }
+    if (call.go[1].data) {
+      read(call.go[1], tangent);
+      add_products(tangent, of, tsum);
     }
   }
   sum = over_lanes<Sum, 32>(sum);

@@ -1,6 +1,7 @@
 // What the Python module of the CUDA kernels tells besides its kernels.
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -12,19 +13,11 @@ namespace py = pybind11;
 namespace jops {
 namespace {
 
-// JOPS_CUDA_ARCHS: "80,90,120"; the last one was compiled as PTX too.
+// JOPS_CUDA_ARCHS: "sm_80,sm_90,sm_120,compute_80".
 std::vector<std::string> architectures() {
   std::vector<std::string> names;
-  std::string name;
-  for (const char c : std::string(JOPS_CUDA_ARCHS) + ",") {
-    if (c != ',') {
-      name += c;
-      continue;
-    }
-    names.push_back("sm_" + name);
-    name.clear();
-  }
-  names.push_back("compute_" + names.back().substr(3));
+  std::istringstream text(JOPS_CUDA_ARCHS);
+  for (std::string name; std::getline(text, name, ',');) names.push_back(name);
   return names;
 }
 
