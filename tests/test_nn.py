@@ -48,7 +48,7 @@ ARGUMENTS = {
     ],
     "GroupNorm": [
         dict(num_groups=8, num_channels=64),
-        dict(num_groups=64, num_channels=64, eps=0.1, affine=False),
+        dict(num_groups=4, num_channels=64, eps=0.1, affine=False),
     ],
     "BatchNorm1d": [
         dict(num_features=64),

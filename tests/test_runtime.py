@@ -130,9 +130,9 @@ def test_threads_are_torchs():
 
 
 SMOKE = """
-    import pytest, sys
-    from jacobian_ops import _cpu
-    assert _cpu.isa() == {isa!r}, _cpu.isa()
+    import jacobian_ops, pytest, sys
+    info = jacobian_ops.build_info()
+    assert info["isa"] == {isa!r}, info
     sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header",
         "tests/test_gradients.py", "tests/test_accuracy.py", "tests/test_dropout.py",
         "tests/test_layouts.py", "-k", {keep!r}]))
