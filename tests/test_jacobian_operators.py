@@ -265,7 +265,7 @@ def check(J: Operator, A: torch.Tensor):
     close(J @ u.reshape(*batch, *J.in_shape), Au.reshape(*batch, *J.out_shape))
     close(v.reshape(*batch, *J.out_shape) @ J, vA.reshape(*batch, *J.in_shape))
     close(J.T @ v, v @ J)
-    for k in (1, 4):
+    for k in (0, 1, 4):
         U, V = randn(*batch, n, k), randn(*batch, k, m)
         if U.shape != (*batch, *J.in_shape) and V.shape != (*batch, *J.out_shape):
             close(J @ U, A @ U)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import jacobian_ops
+import jacobian_ops.functional as J
+from jacobian_ops.report.flops import flops_of
 
 pytestmark = pytest.mark.cpu_only
 
@@ -95,6 +97,16 @@ def test_costs():
     assert product <= ours.vjp_flops < 1.1 * product
     assert product <= ours.jvp_flops < 1.1 * product
     assert ours.saved_bytes == x.nbytes
+
+
+def test_costs_of_a_fused_loss():
+    """The logits are made in forward and once more in backward."""
+    h, weight = torch.randn(8, 16).requires_grad_(), torch.randn(64, 16)
+    product = 2 * h.numel() * len(weight)
+    loss, forward = flops_of(lambda: J.linear_cross_entropy(h, weight, torch.arange(8)))
+    _, gradient = flops_of(lambda: torch.autograd.grad(loss, h))
+    assert product <= forward < 1.1 * product
+    assert 2 * product <= gradient < 2.1 * product
 
 
 def test_costs_of_ours():

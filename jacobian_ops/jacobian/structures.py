@@ -534,6 +534,9 @@ class Linearisation:
         return self._mapped(lambda *us: self._jvp(us)[0], *us)
 
     def _mapped(self, f, *stacks):
+        if len(stacks[0]) == 0:  # which vmap does not take
+            one = (stack.new_zeros(1, *stack.shape[1:]) for stack in stacks)
+            return tree_map(lambda t: t[:0], self._mapped(f, *one))
         step = columns_at_once(max(self._at.numel(), *(stack[0].numel() for stack in stacks)))
         if len(stacks[0]) > step:
             chunks = zip(*(stack.split(step) for stack in stacks), strict=True)

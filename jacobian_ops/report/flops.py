@@ -79,6 +79,11 @@ def _attention(of_scores: int, of_values: int) -> Callable:
     return count
 
 
+def _linear_cross_entropy_vjp(x, weight, target, bias, class_weight, g, needs, *_):
+    """The logits once more, and their cotangent with ``weight`` and ``x``."""
+    return (1 + needs[0] + needs[1]) * _products((x, weight))
+
+
 # Multiply-adds of our own ops; torch knows those of native ones.
 _PRODUCTS = {
     "linear": _linear,
@@ -87,6 +92,9 @@ _PRODUCTS = {
     "linear_act_dropout": _linear,
     "linear_act_dropout_jvp": lambda x, w, b, residual, tx, tw, *_: _linear_jvp(x, w, b, tx, tw),
     "linear_act_dropout_vjp": lambda gy, s, x, weight, *_: _linear_vjp(gy, x, weight),
+    "linear_cross_entropy": _linear,
+    "linear_cross_entropy_jvp": lambda x, w, target, b, c, tx, tw, *_: _linear_jvp(x, w, b, tx, tw),
+    "linear_cross_entropy_vjp": _linear_cross_entropy_vjp,
     "attention": _attention(1, 1),
     "attention_jvp": _attention(3, 2),
     "attention_vjp": _attention(3, 2),
