@@ -25,7 +25,7 @@ def push(f, ts):
 
 def few(f):
     """Some of the outputs: Jacobians of Jacobians of all of them are thousands of rows."""
-    return lambda *xs: f(*xs).reshape(-1)[-3:]
+    return lambda *xs: f(*xs).reshape(-1)[-2:]
 
 
 def everywhere(case):
