@@ -52,7 +52,7 @@ build: $(BUILT)  ## make the environment and build the package in place
 demo: $(BUILT)  ## train a small transformer on real digits, native and ours, and compare
 	$(PY) -m examples.digits
 
-EXAMPLES = gradient_flow backprop newton_krylov flow checkpoint hvp meanflow
+EXAMPLES = gradient_flow backprop newton_krylov flow hvp meanflow
 examples: $(BUILT)  ## what Jacobian products are for: MeanFlow, Hessians, flows, solvers
 	@set -e; for example in $(EXAMPLES); do \
 	  echo "== python -m examples.$$example"; $(PY) -m examples.$$example; \

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import compare, limits, measure, modes, providers, report
+from . import checkpoint, compare, limits, measure, modes, providers, report
 from .cases import CASES
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         description="Measure jacobian_ops beside native autograd, interleaved in one run.  Each "
         "row is checked against float64 first.  Lists are separated by commas.",
         epilog="python -m bench limits: each op against its target and the machine's limit.  "
+        "python -m bench checkpoint: memory against recomputation, by depth.  "
         "python -m bench compare OLD NEW: what got slower between two --json files.  "
         "python -m bench markdown FILE: the table of one.",
     )
@@ -75,10 +76,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["compare"]:
-        return compare.main(arguments[1:])
-    if arguments[:1] == ["limits"]:
-        return limits.main(arguments[1:])
+    for command in (checkpoint, compare, limits):
+        if arguments[:1] == [command.__name__.split(".")[-1]]:
+            return command.main(arguments[1:])
     if arguments[:1] == ["markdown"] and len(arguments) == 2:
         print(report.markdown(report.read(Path(arguments[1]))))
         return 0

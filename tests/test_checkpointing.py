@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
 import jacobian_ops
-from examples.checkpoint import memory
+from bench.checkpoint import memory
 from jacobian_ops.checkpointing import CheckpointedSequential
 
 close = torch.testing.assert_close

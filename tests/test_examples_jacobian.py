@@ -1,6 +1,5 @@
 """The examples of Jacobians: they run, their records say what they checked, and they can fail."""
 
-import importlib
 import json
 import math
 
@@ -8,7 +7,9 @@ import matplotlib.image
 import pytest
 import torch
 
-from examples import backprop, checkpoint, flow, gradient_flow, newton_krylov
+from bench import checkpoint
+from bench.__main__ import main as bench
+from examples import backprop, flow, gradient_flow, newton_krylov
 
 pytestmark = pytest.mark.cpu_only
 
@@ -93,6 +94,12 @@ def test_checkpoint(tmp_path, capsys):
     assert "L^1.0" in capsys.readouterr().out
 
 
+def test_checkpoint_is_a_command_of_the_bench(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        bench(["checkpoint", "--help"])
+    assert "usage: python -m bench checkpoint" in capsys.readouterr().out
+
+
 def test_checkpoint_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.jacobian_ops, "checkpoint", lambda model, policy: model)
     status, record = run(checkpoint, tmp_path, "--depth", "16")
@@ -145,19 +152,18 @@ def test_gradient_flow(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name,arguments",
+    "module,arguments",
     [
-        ("backprop", ("--largest", "5")),
-        ("newton_krylov", ("--points", "1")),
-        ("newton_krylov", ("--tol", "0")),
-        ("checkpoint", ("--depth", "8")),
-        ("checkpoint", ("--repeats", "0")),
-        ("flow", ("--steps", "0")),
-        ("gradient_flow", ("--depth", "4")),
+        (backprop, ("--largest", "5")),
+        (newton_krylov, ("--points", "1")),
+        (newton_krylov, ("--tol", "0")),
+        (checkpoint, ("--depth", "8")),
+        (checkpoint, ("--repeats", "0")),
+        (flow, ("--steps", "0")),
+        (gradient_flow, ("--depth", "4")),
     ],
 )
-def test_bad_arguments(name, arguments, tmp_path, capsys):
-    module = importlib.import_module(f"examples.{name}")
+def test_bad_arguments(module, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         module.main(["--output", str(tmp_path / "out"), *arguments])
     assert arguments[0] in capsys.readouterr().err.split("error: ")[1]

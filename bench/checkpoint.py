@@ -1,4 +1,4 @@
-"""Memory against recomputation by depth: ``python -m examples.checkpoint``.
+"""Memory against recomputation by depth: ``python -m bench checkpoint``.
 
 A deep MLP with dropout in three policies of ``jacobian_ops.checkpoint``: keep all, O(L); keep the
 inputs of sqrt(L) segments, O(sqrt L); compute all again, O(1) after the forward pass, yet O(L) at
@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 import weakref
 from pathlib import Path
@@ -128,9 +127,10 @@ def draw(path: Path, rows: list[dict]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.checkpoint", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write")
+def main(arguments: list[str]) -> int:
+    """The command; 1 where a policy does not do what it says."""
+    parser = argparse.ArgumentParser(prog="python -m bench checkpoint", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder to write")
     parser.add_argument("--depth", type=int, help="layers of the deepest model, at least 16")
     parser.add_argument("--repeats", type=int, help="timed steps of each model")
     parser.add_argument("--quick", action="store_true", help="small models, in a few seconds")
@@ -200,7 +200,3 @@ def main(arguments: list[str] | None = None) -> int:
     for failure in failures:
         console.print(f"[bold red]failed:[/] {failure}")
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
