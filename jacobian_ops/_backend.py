@@ -70,7 +70,7 @@ def run(op: str, argument: str, t: Tensor, kernel: str, *args, sums=None, groups
         kernel: A name of ``csrc/bindings.cpp``.
         args: Its arguments but the last one, which says how to run.
         sums: (outer, n, inner, scale) of a sum over n, for which a device needs memory.
-        groups: The same of a norm of groups: its first argument.
+        groups: The same of a norm of groups: its first argument, and how many sums it makes.
     """
     backend = of(op, argument, t)
     if backend.kind == "cpu":
@@ -80,7 +80,7 @@ def run(op: str, argument: str, t: Tensor, kernel: str, *args, sums=None, groups
     if sums is not None:
         workspace = t.new_empty(backend.sum_workspace(sums), dtype=torch.uint8)
     elif groups is not None:
-        workspace = t.new_empty(backend.group_norm_workspace(groups), dtype=torch.uint8)
+        workspace = t.new_empty(backend.group_norm_workspace(*groups), dtype=torch.uint8)
     where = (workspace.data_ptr(), workspace.numel()) if workspace is not None else (0, 0)
     with _current(t):
         stream = torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0

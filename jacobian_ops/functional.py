@@ -137,7 +137,7 @@ def _ours(op: str, input: Tensor) -> bool:
         raise TypeError(
             f"{op}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}"
         )
-    if input.dtype not in _backend.DTYPES or input.layout is not torch.strided or input.is_nested:
+    if not _supported(input):
         return False
     return input.is_cpu or input.is_meta or _backend.usable(op, "input", input)
 
@@ -188,7 +188,7 @@ def _pointwise(public, native, input, inplace=False, **params):
 
 def _given(**flags):
     """The flags that are set: native ops without ``inplace`` have no such argument."""
-    return {k: v for k, v in flags.items() if v}
+    return {k: v for k, v in flags.items() if v is not None and v is not False}
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -717,7 +717,8 @@ def _norm(op, input, normalized_shape, weight, bias, eps, centred, residual=None
             if not _ours(op, t):
                 raise _no_kernels(op, name, t)
         _check_device(op, input, residual=residual)
-        if input.shape != residual.shape or input.dtype != residual.dtype:
+        # Autocast's cast is the norm's, not the sum's.
+        if _is_cast(input) or input.shape != residual.shape or input.dtype != residual.dtype:
             total = input + residual
             return _norm(op, total, normalized_shape, weight, bias, eps, centred), total
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
@@ -730,12 +731,12 @@ def _norm(op, input, normalized_shape, weight, bias, eps, centred, residual=None
         raise ValueError(f"{op}: eps is {eps}; it must be at least 0")
     input = _full_precision(input)
     columns = [
-        _parameter(op, input, name, t, shape, "normalized_shape", strict=centred)
+        _parameter(op, input, name, _full_precision(t), shape, "normalized_shape", strict=centred)
         for name, t in (("weight", weight), ("bias", bias))
     ]
     rest = *columns, len(shape), float(eps), centred
     if residual is not None:
-        return _norms.add_norm(input, _full_precision(residual), *rest)
+        return _norms.add_norm(input, residual, *rest)
     return _norms.norm(input, *rest)
 
 
@@ -928,10 +929,11 @@ def _reduce(losses, target, weight, ignore_index, reduction):
     """Losses of classes, reduced in their own dtype."""
     if reduction == "none":
         return losses
-    total = losses.sum()
     if reduction == "sum":
-        return total
+        return losses.sum()
     counts = target != ignore_index
+    # Where no row counts the mean is nan and its cotangent infinite, which rows must not see.
+    total = losses.masked_fill(~counts, 0).sum()
     if weight is None:
         return total / counts.sum()
     return total / (weight[target.clamp(0, len(weight) - 1)] * counts).sum()
@@ -996,7 +998,7 @@ def linear_cross_entropy(
     Args:
         input: (K) or (*, K).
         linear_weight: (C, K).
-        target: Classes (*), or probabilities (C) or (N, C).
+        target: Classes (*), or probabilities (*, C).
         linear_bias: (C), or None.
         weight: Of the classes, (C), in the dtype of ``input``, or None.
         reduction: As for :func:`cross_entropy`.
@@ -1034,14 +1036,26 @@ def linear_cross_entropy(
     check_tensor(op, "target", target)
     ignore_index = -100 if ignore_index is None else ignore_index
     if target.is_floating_point() or not _ours(op, input):
-        return cross_entropy(
-            linear(input, linear_weight, linear_bias),
+        logits = linear(input, linear_weight, linear_bias)
+        rows = logits.shape[:-1]
+        if not target.is_floating_point():
+            target = _classes(op, target, rows).reshape(-1)
+        elif target.shape == logits.shape:
+            target = target.reshape(rows.numel(), logits.shape[-1])
+        else:
+            raise RuntimeError(
+                f"{op}: target has dtype {name_of(target.dtype)} and shape {list(target.shape)}; "
+                f"allowed: int64 classes {list(rows)}, or probabilities {list(logits.shape)}"
+            )
+        losses = cross_entropy(
+            logits.reshape(rows.numel(), logits.shape[-1]),
             target,
             weight,
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
+        return losses.reshape(rows) if reduction == "none" else losses
     _check_loss(op, reduction, label_smoothing)
     _check_linear(op, linear_weight, linear_bias)
     input, linear_weight, linear_bias = _low_precision(input, linear_weight, linear_bias)
@@ -1125,7 +1139,7 @@ def group_norm(
         )
     _check_values("group_norm", (n * c // num_groups, num_groups, *rest))
     _check_eps("group_norm", eps)
-    input = _full_precision(input)
+    input, weight, bias = map(_full_precision, (input, weight, bias))
     weight, bias = _of_channels("group_norm", input, weight, bias)
     return _groups.group_norm(input, weight, bias, None, num_groups, float(eps))
 
@@ -1299,7 +1313,7 @@ def _running(op, input, mean, var, training):
                 f"{op}: {name} should contain {input.shape[1]} elements not {list(t.shape)}"
             )
         _check_parameter_dtype(op, input, name, t)
-        if t.requires_grad:
+        if t.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{op}: {name} requires grad, but the op is not differentiable with respect to it"
             )
@@ -1363,8 +1377,14 @@ def scaled_dot_product_attention(
     named = {"query": query, "key": key, "value": value}
     for name, t in named.items():
         check_tensor(op, name, t)
-        if not (_ours(op, t) if name == "query" else _strided(t)):
+        if not (_supported(t) if name == "query" else _strided(t)):
             raise _no_kernels(op, name, t)
+    if not _ours(op, query):
+        return F.scaled_dot_product_attention(
+            *(query, key, value, attn_mask, dropout_p, is_causal),
+            **dict(scale=scale, enable_gqa=enable_gqa),
+        )
+    for name, t in named.items():
         if t.dim() < 2:
             raise RuntimeError(
                 f"{op}: {name} has shape {list(t.shape)}; allowed: at least two dimensions"
@@ -1581,6 +1601,11 @@ def _strided(t):
     return t is None or t.layout is torch.strided
 
 
+def _supported(t):
+    """Whether a kernel could take it, on a device that has some."""
+    return t.dtype in _backend.DTYPES and t.layout is torch.strided and not t.is_nested
+
+
 def _check_device(op, input, first="input", **others):
     """Raise unless the tensors are where ``input`` is; a meta tensor would pass the dispatcher."""
     for name, t in others.items():
@@ -1592,6 +1617,11 @@ def _check_device(op, input, first="input", **others):
 
 
 def _no_kernels(op, argument, t):
+    if _supported(t):
+        return NotImplementedError(
+            f"{op}: {argument} is on {t.device}, where our kernels do not run; there is no such "
+            "native op"
+        )
     return NotImplementedError(
         f"{op}: {argument} has dtype {name_of(t.dtype)} and layout {t.layout}; allowed: strided "
         f"{ALLOWED_DTYPES}"
@@ -1637,9 +1667,11 @@ def _unflatten(y, input):
 
 def _full_precision(input):
     """Autocast's cast on a GPU to float32, of what it computes in that dtype there."""
-    if input.is_cuda and input.dtype in _HALVES and torch.is_autocast_enabled("cuda"):
-        return input.float()
-    return input
+    return input.float() if isinstance(input, Tensor) and _is_cast(input) else input
+
+
+def _is_cast(t):
+    return t.is_cuda and t.dtype in _HALVES and torch.is_autocast_enabled("cuda")
 
 
 _HALVES = (torch.bfloat16, torch.float16)

@@ -330,7 +330,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         causal one, which is then not read.
 
         Raises:
-            RuntimeError: Shapes or dtypes do not fit, or ``is_causal`` is given without a mask.
+            AssertionError: A mask is neither bool nor floating, or ``key_padding_mask`` has another
+                shape than (N, keys), or (keys) without a batch.
+            RuntimeError: Other shapes or dtypes do not fit, or ``is_causal`` is given without a
+                mask.
         """
         op = "MultiheadAttention"
         if is_causal and attn_mask is None:
@@ -346,6 +349,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             t.unsqueeze(0) if alone else t if self.batch_first else t.transpose(0, 1)
             for t in (query, key, value)
         )
+        if not len(q) == len(k) == len(v):
+            raise RuntimeError(
+                f"{op}: query, key and value are batches of {len(q)}, {len(k)} and {len(v)}; "
+                "allowed: the same for all"
+            )
+        self._check_masks(op, key_padding_mask, attn_mask, q, k, alone)
         if key_padding_mask is not None:
             padding = key_padding_mask.reshape(k.shape[0], 1, 1, k.shape[1])
         q, k, v = self._project(q, k, v, same)
@@ -384,6 +393,29 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         o = F.linear(o.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         o = o.squeeze(0) if alone else o if self.batch_first else o.transpose(0, 1)
         return o, weights
+
+    def _check_masks(self, op, key_padding_mask, attn_mask, q, k, alone):
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and not (mask.dtype is torch.bool or mask.is_floating_point()):
+                raise AssertionError(
+                    f"{op}: {name} has dtype {str(mask.dtype).removeprefix('torch.')}; allowed: "
+                    "bool, or a floating one that is added to the scores"
+                )
+        batch, queries, keys = len(q), q.shape[1], k.shape[1]
+        if key_padding_mask is not None:
+            shape = (keys,) if alone else (batch, keys)
+            if key_padding_mask.shape != shape:
+                raise AssertionError(
+                    f"{op}: key_padding_mask has shape {list(key_padding_mask.shape)}; it must be "
+                    f"{list(shape)}"
+                )
+        if attn_mask is not None:
+            shapes = (queries, keys), (batch * self.num_heads, queries, keys)
+            if attn_mask.shape not in shapes:
+                raise RuntimeError(
+                    f"{op}: attn_mask has shape {list(attn_mask.shape)}; allowed: "
+                    f"{list(shapes[0])} or {list(shapes[1])}"
+                )
 
     def _project(self, q, k, v, same):
         e = self.embed_dim

@@ -141,7 +141,7 @@ def _bare(module) -> bool:
 
 
 def replace(model: torch.nn.Module) -> torch.nn.Module:
-    """Swap Linear, activations, softmax, norms, losses and Dropout of a model for ours, in place.
+    """Swap the layers of a model that :mod:`jacobian_ops.nn` has for ours, in place.
 
     Only exact torch.nn classes are swapped, never subclasses, nor SyncBatchNorm.  Where a
     Sequential has Linear -> activation -> Dropout, Linear -> activation or Softmax -> Dropout in a

@@ -433,6 +433,30 @@ def test_errors_of_kernels(change, message):
         kernels.attention(**(given | change), scale=1.0)
 
 
+def test_products_need_the_cotangent():
+    q = torch.ones(1, 1, 3, 4)
+    o, to, lse, mu = kernels.attention_jvp(*[q] * 3, *[None] * 3, q, None, None, None, scale=1.0)
+    with pytest.raises((RuntimeError, ValueError), match="attention_vjp: go"):
+        kernels.attention_vjp(q, q, q, None, None, None, o, lse, None, scale=1.0)
+    forward = q, q, q, None, None, None, q, None, None, None
+    for to_, go, name in ((None, o, "to"), (to, None, "go")):
+        with pytest.raises((RuntimeError, ValueError), match=f"attention_vjp_jvp: {name}"):
+            kernels.attention_vjp_jvp(*forward, o, to_, lse, mu, go, None, scale=1.0)
+
+
+def test_a_hidden_key_may_hold_anything(ours):
+    """By either mask, also where its score is infinite."""
+    q, v = torch.ones(1, 1, 3, 4), torch.randn(1, 1, 5, 2)
+    k = torch.ones(1, 1, 5, 4)
+    k[..., 2, :] = torch.inf
+    keep = torch.arange(5) != 2
+    bias = torch.zeros(5).masked_fill(~keep, -torch.inf)
+    want = v[..., keep, :].mean(-2, keepdim=True).expand(1, 1, 3, 2)
+    shape = 1, 1, 3, 5
+    for masks in ((keep.expand(shape), None), (None, bias.expand(shape))):
+        torch.testing.assert_close(kernels.attention(q, k, v, *masks, scale=0.5)[0], want)
+
+
 MODULES = {
     "plain": {},
     "batch_first": dict(batch_first=True),
@@ -494,5 +518,18 @@ def test_multihead_attention_without_a_batch():
     torch.testing.assert_close(o, module(x[:, None], x[:, None], x[:, None])[0][:, 0])
     with pytest.raises(RuntimeError, match="is_causal is True and attn_mask is None"):
         module(x, x, x, is_causal=True)
+    for padding, text in (
+        (torch.zeros(3, 5).long(), "key_padding_mask has dtype int64; allowed: bool, or"),
+        (torch.zeros(5, 3).bool(), r"key_padding_mask has shape \[5, 3\]; it must be \[3, 5\]"),
+    ):
+        with pytest.raises(AssertionError, match=text):
+            module(*[torch.randn(5, 3, 8)] * 3, key_padding_mask=padding)
+    with pytest.raises(AssertionError, match="attn_mask has dtype uint8"):
+        module(*[torch.randn(5, 3, 8)] * 3, attn_mask=torch.zeros(5, 5, dtype=torch.uint8))
+    allowed = r"attn_mask has shape \[1, 5\]; allowed: \[5, 5\] or \[6, 5, 5\]"
+    with pytest.raises(RuntimeError, match=allowed):
+        module(*[torch.randn(5, 3, 8)] * 3, attn_mask=torch.zeros(1, 5))
+    with pytest.raises(RuntimeError, match="batches of 3, 1 and 1"):
+        module(torch.randn(5, 3, 8), *[torch.randn(5, 1, 8)] * 2)
     with pytest.raises(RuntimeError, match="have 2, 3 and 2 dimensions"):
         module(x, x[None], x)

@@ -146,6 +146,16 @@ def test_torch_function_gets_the_call_first():
         J.linear: lambda: J.linear(x, x),
         J.linear_act_dropout: lambda: J.linear_act_dropout(x, x),
         J.gelu: lambda: J.gelu(x),
+        J.layer_norm: lambda: J.layer_norm(x, (4,)),
+        J.group_norm: lambda: J.group_norm(x, 2),
+        J.batch_norm: lambda: J.batch_norm(x, None, None, training=True),
+        J.swiglu: lambda: J.swiglu(x, x),
+        J.rotary_embedding: lambda: J.rotary_embedding(x, *torch.ones(2, 4, 2)),
+        J.cross_entropy: lambda: J.cross_entropy(x, torch.arange(4)),
+        J.linear_cross_entropy: lambda: J.linear_cross_entropy(x, x, torch.arange(4)),
+        J.scaled_dot_product_attention: lambda: J.scaled_dot_product_attention(
+            x, x, x, torch.eye(4).bool(), scale=0.0
+        ),
     }
     for f, call in calls.items():
         Logged.calls.clear()
@@ -157,6 +167,9 @@ def test_function_modes():
     with torch.device(torch.get_default_device()):
         assert J.relu(torch.ones(3)).sum() == 3
         assert J.linear(torch.ones(3, 3), torch.ones(3, 3)).sum() == 27
+        q, hidden = torch.ones(2, 3), torch.tensor([[False]])
+        assert J.scaled_dot_product_attention(q, q, q, hidden).sum() == 0
+        assert J.scaled_dot_product_attention(q, q, q, torch.eye(2).bool()).sum() == 6
 
 
 def test_inference_mode_and_inference_tensors():

@@ -123,9 +123,8 @@ def test_agrees_with_torch(shape, kind, weighted, smoothing, reduction):
     leaves = [t for t in (x, target) if t.requires_grad]
     got, want = J.cross_entropy(x, target, **options), F.cross_entropy(x, target, **options)
     close(got, want, equal_nan=True)
-    if want.isfinite().all():
-        v = torch.randn_like(want)
-        close(torch.autograd.grad(got, leaves, v), torch.autograd.grad(want, leaves, v))
+    v = torch.randn_like(want)
+    close(torch.autograd.grad(got, leaves, v), torch.autograd.grad(want, leaves, v))
 
 
 def test_uint8_classes_and_deprecated_arguments():
@@ -140,6 +139,25 @@ def test_weight_of_probabilities_is_differentiable():
     for f in (J.cross_entropy, F.cross_entropy):
         f(x, p, w, label_smoothing=0.1).backward()
     close(w.grad / 2, torch.autograd.grad(F.cross_entropy(x, p, w, label_smoothing=0.1), w)[0])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("along", ["last", "inner"])
+def test_ignored_rows_may_hold_anything(ours, along, smoothing):
+    inf, nan = float("inf"), float("nan")
+    x, tx = torch.randn(2, 3, 4)
+    x[0, :2], tx[1] = torch.tensor([nan, inf]), torch.tensor([inf, nan, 1.0, 2.0])
+    target = torch.tensor([-1, -1, 2])
+    if along == "inner":
+        x, tx, target = (t.mT[None].contiguous() for t in (x, tx, target[:, None]))
+        target = target[:, 0]
+    rest = target, None, 1, -1, smoothing
+    loss, tloss = kernels.cross_entropy_jvp(x, target, None, tx, *rest[2:])
+    g = kernels.cross_entropy_vjp(x, target, None, torch.ones_like(loss), *rest[2:])
+    ignored = target == -1
+    for t in (loss[ignored], tloss[ignored], g.movedim(1, -1)[ignored]):
+        assert (t == 0).all()
+    assert all(t[~ignored].isfinite().all() for t in (loss, tloss, g.movedim(1, -1)))
 
 
 @pytest.mark.parametrize("along", ["last", "inner"])
@@ -288,6 +306,19 @@ def test_linear_shapes_and_targets():
     close(J.linear_cross_entropy(x[0, 0], w, target[0, 0], reduction="none"), want[0, 0])
     p = torch.rand(6, 5)
     close(J.linear_cross_entropy(x.reshape(6, 4), w, p), F.cross_entropy(z, p))
+    rows = F.cross_entropy(z, p, reduction="none").reshape(2, 3)
+    close(J.linear_cross_entropy(x, w, p.reshape(2, 3, -1)), rows.mean())
+    close(J.linear_cross_entropy(x, w, p.reshape(2, 3, -1), reduction="none"), rows)
+    close(J.linear_cross_entropy(x[0, 0], w, p[0]), rows[0, 0])
+
+
+def test_linear_with_all_targets_ignored(ours):
+    """The mean of nothing is nan, and has no gradient."""
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((6, 4), (5, 4), (5,)))
+    loss = J.linear_cross_entropy(x, w, torch.full((6,), -100), b)
+    assert loss.isnan()
+    for g in torch.autograd.grad(loss, (x, w, b)):
+        assert torch.equal(g, torch.zeros_like(g))
 
 
 def test_frozen_parameters_cost_nothing(ours):
@@ -371,6 +402,7 @@ ERRORS = [
     (lambda: J.cross_entropy(X[0, 0], T[0]), RuntimeError, "input has no dimensions"),
     (lambda: J.linear_cross_entropy(X, X, T, chunk_size=0), ValueError, "chunk_size is 0"),
     (lambda: J.linear_cross_entropy(X, X[:, :3], T), RuntimeError, "shapes cannot be multiplied"),
+    (lambda: J.linear_cross_entropy(X, X, X), RuntimeError, r"or probabilities \[3, 3\]"),
     (lambda: kernels.cross_entropy(X, T, None, 2), IndexError, "dim is 2"),
     (lambda: kernels.cross_entropy(X, T[:2]), RuntimeError, r"target has shape \[2\]"),
     (lambda: kernels.cross_entropy(X, X.double()), RuntimeError, "target has dtype float64"),

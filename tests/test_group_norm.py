@@ -138,6 +138,24 @@ def test_long_channels_far_from_zero(ours, offset):
     assert (y - exact).abs().max() <= allowed
 
 
+def test_huge_channels(ours):
+    """What lies past the end of a vector does not overflow."""
+    x = torch.full((2, 1, 5), 1e33)
+    gx, (gw, gb) = kernels.group_norm_vjp(x, None, torch.ones_like(x), None, 0, 1e-12)
+    assert torch.equal(gx, torch.zeros_like(x)) and gw == 0 and gb == 10
+
+
+@pytest.mark.parametrize("period", [2048, 1000])
+def test_positions_apart_from_the_rest(ours, period):
+    """Rows at a regular distance that are far from all others, as a token that begins a text."""
+    x = torch.randn(32 * period, 3)
+    x[::period] += 1000
+    y = kernels.group_norm(x, None, None, None, 0, 1e-5)
+    wide = x.double()
+    want = (wide - wide.mean(0)) / (wide.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(y.double(), want, rtol=2e-6, atol=2e-6)
+
+
 def test_constant_channels(ours):
     """x^ is 0, everything is finite."""
     for value in (3.0, 0.1):

@@ -84,6 +84,20 @@ def test_levels_inside():
     close((ty, gradient), (expected_ty, expected))
 
 
+@pytest.mark.parametrize("case", NESTED, ids=str)
+def test_jvp_inside(case):
+    """A tangent that the function takes itself is a part of its result."""
+    xs, ts = inputs_of(case)
+
+    def f(*xs):
+        y, ty = torch.func.jvp(case.ours, xs, ts)
+        return y.sin() * ty
+
+    _, ty, gradients = product(f, xs, ts, False)
+    _, expected_ty, expected = product(f, xs, ts, True)
+    close((ty, gradients), (expected_ty, expected))
+
+
 def test_keeps_what_the_result_needs():
     """Without a graph of the tangent no more is kept than without a tangent."""
     xs, ts = mlp_inputs(256, 64)

@@ -386,7 +386,8 @@ def _autograd_kernel(rule, op, tensors):
                         # The primal must not become batched: two calls instead of a dual.
                         y = op(*primals)
                         return _join(y, rule.jvp(primals, y, tangents))
-                    with _of_tangents():
+                    # The op's own tangents, where it has such, belong to the primal here.
+                    with contextlib.nullcontext() if rule.tangent_outputs else _of_tangents():
                         return _join(*rule.dual(primals, tangents))
         with _C._AutoDispatchBelowAutograd():
             return op(*args)

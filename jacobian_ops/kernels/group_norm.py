@@ -87,7 +87,7 @@ def _run(op, x, stats, groups, eps, along, of_channel, order, results, kinds=0, 
             shape,
             *(None if t is None else _backend.buffer(t) for t in (*map(ready.get, order), stats)),
             *map(_backend.buffer, out),
-            groups=shape,
+            groups=(shape, kinds),
         )
     elif kinds:
         out[-1].zero_()
