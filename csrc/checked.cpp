@@ -145,8 +145,11 @@ class Check {
   void heads(const char* name, const Heads& t) const {
     if (t.batch < 0 || t.heads < 0) fail(name, "extents of at least 0", "less");
     if (t.batch_stride < 0 || t.head_stride < 0) fail(name, "strides of at least 0", "less");
-    constexpr std::int64_t kMost = std::int64_t{1} << 24;
-    if (t.batch > kMost || t.heads > kMost) fail(name, "at most 2^24 of batch or heads", "more");
+    std::int64_t all = 0;
+    if (__builtin_mul_overflow(t.batch, t.heads, &all) ||
+        __builtin_mul_overflow(all, t.rows, &all) || all > std::int64_t{1} << 48) {
+      fail(name, "at most 2^48 rows of all heads", "more");
+    }
     // The matrix of the last head, of the last one in the batch.
     std::int64_t first = 0;
     if (t.batch > 0 && t.heads > 0 &&
@@ -171,10 +174,12 @@ class Check {
     name_ = name;
     first_ = {t.data, t.extent, t.dtype};
   }
-  void like(const char* name, const Heads& t, const Heads& other) const {
-    if (!t.given()) return;
+  void present(const char* name, const Heads& t, const Heads& other) const {
     heads(name, t, other.batch, other.heads, other.rows, other.width);
     same_dtype(name, t.dtype);
+  }
+  void like(const char* name, const Heads& t, const Heads& other) const {
+    if (t.given()) present(name, t, other);
   }
   // An output may not be written twice.
   void result(const char* name, const Heads& t, const Heads& other) const {
@@ -903,21 +908,21 @@ void cross_entropy_vjp_jvp(const Rows& rows, const Target& target, const Buffer&
   run.cross_entropy_vjp_jvp(rows, target, x, g, tx, tg, gx, tgx, exec);
 }
 
-// What the four group norms share; true if there is nothing to do.
-bool grouped(Check& check, const Groups& groups, std::initializer_list<Named> buffers,
+// What the four group norms share, with so many sums over a channel; true if there is nothing to do.
+bool grouped(Check& check, const Groups& groups, int sums, std::initializer_list<Named> buffers,
              std::initializer_list<Named> of_channel, const Buffer& stats) {
   const bool empty = elementwise(check, buffers);
   check.groups(groups);
   for (const Named& b : of_channel) check.of_channel(b.name, b.buffer, groups);
   check.statistics(stats, groups);
-  if (!empty) check.workspace(run.group_norm_workspace(groups));
+  if (!empty) check.workspace(run.group_norm_workspace(groups, sums));
   return empty;
 }
 
 void group_norm(const Groups& groups, const Buffer& x, const Buffer& weight, const Buffer& bias,
                 const Buffer& stats, const Buffer& y, const Exec& exec) {
   Check check("group_norm", exec);
-  if (grouped(check, groups, {{"x", x}, {"y", y}}, {{"weight", weight}, {"bias", bias}}, stats)) {
+  if (grouped(check, groups, 0, {{"x", x}, {"y", y}}, {{"weight", weight}, {"bias", bias}}, stats)) {
     return;
   }
   run.group_norm(groups, x, weight, bias, stats, y, exec);
@@ -928,7 +933,7 @@ void group_norm_jvp(const Groups& groups, const Buffer& x, const Buffer& weight,
                     const Buffer& stats, const Buffer& y, const Buffer& ty, const Exec& exec) {
   Check check("group_norm_jvp", exec);
   const bool empty =
-      grouped(check, groups, {{"x", x}, {"y", y}, {"ty", ty}},
+      grouped(check, groups, 0, {{"x", x}, {"y", y}, {"ty", ty}},
               {{"weight", weight}, {"bias", bias}, {"tweight", tweight}, {"tbias", tbias}}, stats);
   check.optional("tx", tx);
   if (empty) return;
@@ -939,7 +944,7 @@ void group_norm_vjp(const Groups& groups, const Buffer& x, const Buffer& weight,
                     const Buffer& stats, const Buffer& gx, const Buffer& sums, const Exec& exec) {
   Check check("group_norm_vjp", exec);
   const bool empty =
-      grouped(check, groups, {{"x", x}, {"gy", gy}, {"gx", gx}}, {{"weight", weight}}, stats);
+      grouped(check, groups, 2, {{"x", x}, {"gy", gy}, {"gx", gx}}, {{"weight", weight}}, stats);
   check.channel_sums(sums, 2, groups);
   if (empty) return;
   run.group_norm_vjp(groups, x, weight, gy, stats, gx, sums, exec);
@@ -950,7 +955,7 @@ void group_norm_vjp_jvp(const Groups& groups, const Buffer& x, const Buffer& wei
                         const Buffer& tgy, const Buffer& stats, const Buffer& gx, const Buffer& tgx,
                         const Buffer& sums, const Exec& exec) {
   Check check("group_norm_vjp_jvp", exec);
-  const bool empty = grouped(check, groups, {{"x", x}, {"gy", gy}, {"gx", gx}, {"tgx", tgx}},
+  const bool empty = grouped(check, groups, 4, {{"x", x}, {"gy", gy}, {"gx", gx}, {"tgx", tgx}},
                              {{"weight", weight}, {"tweight", tweight}}, stats);
   check.optional("tx", tx);
   check.optional("tgy", tgy);
@@ -1013,7 +1018,7 @@ void attention_vjp(const Scores& scores, const Heads& q, const Heads& k, const H
                    const Exec& exec) {
   Check check("attention_vjp", exec);
   attends(check, scores, q, k, v, o, lse, mask);
-  check.like("go", go, o);
+  check.present("go", go, o);
   check.of_rows("delta", delta, q, 1);
   check.result("gq", gq, q);
   check.result("gk", gk, k);
@@ -1031,8 +1036,8 @@ void attention_vjp_jvp(const Scores& scores, const Heads& q, const Heads& k, con
   Check check("attention_vjp_jvp", exec);
   attends(check, scores, q, k, v, o, lse, mask);
   check.tangents(scores, q, k, v, tq, tk, tv, tbias);
-  check.like("to", to, o);
-  check.like("go", go, o);
+  check.present("to", to, o);
+  check.present("go", go, o);
   check.like("tgo", tgo, o);
   check.of_rows("mu", mu, q, 1);
   check.of_rows("delta", delta, q, 2);

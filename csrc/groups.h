@@ -35,12 +35,19 @@ struct Walk {
             channel};
   }
 
-  // Elements all over a group, about 1024 of them, for a first idea of their mean: the beginnings
-  // of some of its units.
-  JOPS_HD std::int64_t glimpses() const { return units() < 16 ? units() : 16; }
+  // Elements all over a group, up to about 1024 of them, for a first idea of their mean: the
+  // beginnings of some of its units, at no regular distance, as the data may have one.
+  JOPS_HD std::int64_t glimpses() const {
+    const std::int64_t most = 1024 / (run < 64 ? run : 64), some = units() / 8;
+    const std::int64_t count = some < 16 ? 16 : some < most ? some : most;
+    return units() < count ? units() : count;
+  }
   JOPS_HD Piece glimpse(std::int64_t group, std::int64_t index) const {
-    Piece piece = (*this)(group, units() * index / glimpses());
-    const std::int64_t most = 1024 / glimpses() / 64 * 64;
+    const std::int64_t begin = units() * index / glimpses();
+    const std::int64_t width = units() * (index + 1) / glimpses() - begin;
+    const std::int64_t place = index * 0x9e37 & 0xffff;  // of 2^16, by the golden ratio
+    Piece piece = (*this)(group, begin + (width * place >> 16));
+    const std::int64_t even = 1024 / glimpses() / 64 * 64, most = even < 64 ? 64 : even;
     if (piece.length > most) piece.length = most;
     return piece;
   }

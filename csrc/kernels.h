@@ -1,5 +1,6 @@
 // The interface of the core: plain structs and one table of functions. No framework is known here.
 // Every kernel writes into memory that the caller allocated; all tensors of a call share a dtype.
+// Where there is nothing to read, nothing is written, not even a sum over nothing.
 #pragma once
 
 #include <cstddef>
@@ -247,8 +248,9 @@ struct Kernels {
                              const Buffer& tx, const Buffer& tweight, const Buffer& tgy,
                              const Buffer& stats, const Buffer& gx, const Buffer& tgx,
                              const Buffer& sums, const Exec&);
-  // Bytes of workspace that the four need on a device.
-  std::int64_t (*group_norm_workspace)(const Groups&);
+  // Bytes of workspace that they need on a device, with so many sums over each channel: none, 2 of
+  // the VJP or 4 of its JVP.
+  std::int64_t (*group_norm_workspace)(const Groups&, int sums);
 
   // o = dropout(softmax(scores)) v; a row whose scores are all -inf gives 0. Each head of k and v
   // serves heads(q) / heads(k) adjacent ones of q. lse, mu, delta: numbers of the type that is

@@ -220,7 +220,6 @@ struct Call {
 
   std::int64_t blocks() const { return up<std::int64_t>(q.rows, kQueries); }
   std::int64_t group() const { return q.heads / k.heads; }
-  bool tangents() const { return tq.given() || tk.given() || tv.given() || tbias.given(); }
 };
 
 // A head's block of queries, and what hides keys from it.
@@ -265,7 +264,10 @@ struct Place {
           store(to, never);
           continue;
         }
-        if (bias.given()) store(to, load(to) + of_lanes(bias, key + j, i));
+        if (bias.given()) {
+          const V added = of_lanes(bias, key + j, i);
+          store(to, select(added == never, never, load(to) + added));
+        }
         if (keep.given()) {
           A kept[V::kLanes] = {};
           const std::uint8_t* p = keep.data + (first + i) * keep.row + (key + j) * keep.col;

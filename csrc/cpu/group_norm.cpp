@@ -166,7 +166,8 @@ struct Task {
       }
       V part[kKinds];
       for (V& p : part) p = V(A(0));
-      vectors(piece, piece_of(unit + 1), A(0),
+      // Past the end x^ is 0, and so are the cotangents and the terms.
+      vectors(piece, piece_of(unit + 1), norm.mean[0].v[0],
               [&](const At<Row, T>& at, std::int64_t j, int count) {
                 norm.go_to(at.in[0], at.q);
                 V out[Row::kOut], terms[kKinds];
@@ -174,7 +175,6 @@ struct Task {
 #pragma GCC unroll 2
                 for (int k = 0; k < Row::kOut; ++k)
                   write(call.out[k] + piece.at + j, out[k], count);
-        // Past the end the cotangents are 0, and so are the terms, unless x^ is infinite.
 #pragma GCC unroll 4
                 for (int k = 0; k < Row::kColumnSums; ++k) part[k] += terms[k];
               });
@@ -259,7 +259,7 @@ struct Launch {
 
 void register_group_norm(Kernels& table) {
   GroupNormTable<Launch>::put(table);
-  table.group_norm_workspace = [](const Groups&) -> std::int64_t { return 0; };
+  table.group_norm_workspace = [](const Groups&, int) -> std::int64_t { return 0; };
 }
 
 }  // namespace jops::JOPS_ISA

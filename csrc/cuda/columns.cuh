@@ -82,13 +82,14 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kColumns, line = threadIdx.x / kColumns;
   const std::int64_t strips = (inner + kColumns - 1) / kColumns;
   const std::int64_t column = blockIdx.x % strips * kColumns + lane, outer = blockIdx.x / strips;
-  A total[1] = {};
+  LongSum<A> long_sum;
   if (column < inner) {
 #pragma unroll 4
     for (int part = line; part < parts; part += kLines) {
-      total[0] += partial[(outer * parts + part) * inner + column];
+      long_sum.add(partial[(outer * parts + part) * inner + column]);
     }
   }
+  A total[1] = {long_sum.sum};
   add_lines(total, lane, line);
   if (line == 0 && column < inner) sum[outer * inner + column] = dev::narrow<T>(total[0]);
 }

@@ -79,11 +79,12 @@ struct Launch {
   }
 };
 
-std::int64_t workspace(const Groups& groups) {
+std::int64_t workspace(const Groups& groups, int sums) {
+  if (groups.outer < 1 || groups.channels < 1 || groups.inner < 1) return 0;
   constexpr std::int64_t kWidest = 8;  // bytes of a number
   const Plan plan(groups);
   return (plan.measured(GroupNorm<NormVjpJvpRow, float>::kSums) +
-          NormVjpJvpRow::kColumnSums * plan.rows * groups.channels) *
+          sums * plan.rows * groups.channels) *
          kWidest;
 }
 

@@ -34,7 +34,7 @@ struct EntropyRow {
       sum[kSpread] += r;
       if constexpr (!kMaps) {
         sum[kSpreadLoss] -= select(r == V(0), V(0), r * d);
-        if constexpr (kTangent) sum[kSpreadTangent] = fma(r, tx, sum[kSpreadTangent]);
+        if constexpr (kTangent) sum[kSpreadTangent] += select(r == V(0), V(0), r * tx);
       }
     }
   }

@@ -466,7 +466,7 @@ JOPS_HD void store(T* p, Vec<Compute<T>> a) {
   }
 }
 
-// The first n lanes, 0 <= n < kLanes; the others are `fill`. For tails: without masks it goes
+// The first n lanes, 0 <= n <= kLanes; the others are `fill`. For tails: without masks it goes
 // through a buffer.
 template <class T>
 JOPS_HD Vec<Compute<T>> load_n(const T* p, int n, Compute<T> fill = 0) {
