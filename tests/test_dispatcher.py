@@ -17,6 +17,7 @@ from jacobian_ops.autograd import (
     softmax,
 )
 
+pytestmark = pytest.mark.not_on_host
 D = torch.float64
 
 
