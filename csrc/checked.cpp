@@ -908,7 +908,8 @@ void cross_entropy_vjp_jvp(const Rows& rows, const Target& target, const Buffer&
   run.cross_entropy_vjp_jvp(rows, target, x, g, tx, tg, gx, tgx, exec);
 }
 
-// What the four group norms share, with so many sums over a channel; true if there is nothing to do.
+// What the four group norms share, with so many sums over a channel; true if there is nothing to
+// do.
 bool grouped(Check& check, const Groups& groups, int sums, std::initializer_list<Named> buffers,
              std::initializer_list<Named> of_channel, const Buffer& stats) {
   const bool empty = elementwise(check, buffers);
@@ -922,7 +923,8 @@ bool grouped(Check& check, const Groups& groups, int sums, std::initializer_list
 void group_norm(const Groups& groups, const Buffer& x, const Buffer& weight, const Buffer& bias,
                 const Buffer& stats, const Buffer& y, const Exec& exec) {
   Check check("group_norm", exec);
-  if (grouped(check, groups, 0, {{"x", x}, {"y", y}}, {{"weight", weight}, {"bias", bias}}, stats)) {
+  if (grouped(check, groups, 0, {{"x", x}, {"y", y}}, {{"weight", weight}, {"bias", bias}},
+              stats)) {
     return;
   }
   run.group_norm(groups, x, weight, bias, stats, y, exec);
