@@ -10,6 +10,8 @@ import torch
 
 import jacobian_ops.nn as jnn
 
+pytestmark = pytest.mark.not_on_host
+
 # Every drop-in class with the arguments to try it with; {} is the defaults.
 ARGUMENTS = {
     "Linear": [
