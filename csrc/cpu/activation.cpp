@@ -11,7 +11,7 @@ namespace {
 template <class Op, class T>
 Kernel<T> pick(Activation code) {
   return with_activation<Kernel<T>>(code,
-                                    [](auto f) -> Kernel<T> { return run<decltype(f), Op, T>; });
+                                    [](auto f) -> Kernel<T> { return steps<decltype(f), Op, T>; });
 }
 
 // A product of whole buffers, to be run a range of elements at a time.
@@ -50,7 +50,8 @@ struct Ranges {
     for (int k = 0; add && k < Op::kOut; ++k) {
       if (add[k].given()) residual[k] = static_cast<const T*>(add[k].data) + first;
     }
-    kernel(act, x, y, m, add ? residual : nullptr, n, streams);
+    jops::JOPS_ISA::run<Op::kIn, Op::kOut, T>(kernel, act, x, y, m, add ? residual : nullptr, n,
+                                              streams);
   }
 };
 
@@ -157,14 +158,14 @@ namespace {
 
 template <class F, class A>
 void value(const Act& act, const A* x, A* y, std::int64_t n) {
-  run<F, Value, A>(act, &x, &y, nullptr, nullptr, n, false);
+  run<1, 1, A>(steps<F, Value, A>, act, &x, &y, nullptr, nullptr, n, false);
 }
 
 template <class F, class A>
 void value_and_tangent(const Act& act, const A* x, const A* tx, A* y, A* ty, std::int64_t n) {
   const A* in[] = {x, tx};
   A* out[] = {y, ty};
-  run<F, Jvp, A>(act, in, out, nullptr, nullptr, n, false);
+  run<2, 2, A>(steps<F, Jvp, A>, act, in, out, nullptr, nullptr, n, false);
 }
 
 }  // namespace

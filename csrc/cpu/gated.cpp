@@ -16,8 +16,8 @@ void launch(const Act& act, const Matrix (&in)[Op::kIn], const Matrix (&out)[Op:
             const Exec& exec) {
   with_storage(in[0].dtype, [&](auto storage) {
     using T = decltype(storage);
-    const auto kernel =
-        with_gate<Kernel<T>>(act.code, [](auto f) -> Kernel<T> { return run<decltype(f), Op, T>; });
+    const auto kernel = with_gate<Kernel<T>>(
+        act.code, [](auto f) -> Kernel<T> { return steps<decltype(f), Op, T>; });
     const Aligned<T> zeros(kPiece);
     std::memset(zeros.data, 0, kPiece * sizeof(T));
     const std::int64_t cols = in[0].cols, size = in[0].rows * cols;
@@ -38,7 +38,7 @@ void launch(const Act& act, const Matrix (&in)[Op::kIn], const Matrix (&out)[Op:
           y[k] = static_cast<T*>(out[k].data) + row * out[k].row_stride + col;
           streams = streams && can_stream(y[k]);
         }
-        kernel(act, x, y, nullptr, nullptr, n, streams);
+        run<Op::kIn, Op::kOut, T>(kernel, act, x, y, nullptr, nullptr, n, streams);
         at += n;
         col += n;
         if (col == cols) {

@@ -1,25 +1,33 @@
 // The loop of every product of an elementwise function.
 #pragma once
 
+#include <cstring>
+
 #include "blocks.h"
 // After the vectors that it is generic over.
 #include "../math/products.h"
 
 namespace jops::JOPS_ISA {
 
-// Runs over n elements, m its multipliers or null, add[k] what is added to output k or null, or add
-// null. With `streams` the outputs, aligned to whole vectors then, are written past the caches.
+constexpr std::int64_t kAhead = 4096;  // bytes: far enough for memory, near enough for L1
+
+// A kernel takes this many elements at once.
+constexpr int kUnroll = 2;
+template <class T>
+constexpr std::int64_t kStep = kUnroll * Vec<Compute<T>>::kLanes;
+
+// Runs over n elements, whole steps of them, m its multipliers or null, add[k] what is added to
+// output k or null, or add null. With `streams` the outputs, aligned to whole vectors then, are
+// written past the caches.
 template <class T>
 using Kernel = void (*)(const Act&, const T* const* in, T* const* out, const Compute<T>* m,
                         const T* const* add, std::int64_t n, bool streams);
 
-constexpr std::int64_t kAhead = 4096;  // bytes: far enough for memory, near enough for L1
-
 template <class F, class Op, class T>
-void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* m,
-         [[maybe_unused]] const T* const* add, std::int64_t n, bool streams) {
+void steps(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* m,
+           [[maybe_unused]] const T* const* add, std::int64_t n, bool streams) {
   using V = Vec<Compute<T>>;
-  constexpr int kLanes = V::kLanes, kUnroll = 2;
+  constexpr int kLanes = V::kLanes;
   const Params<V, sizeof(T) == 2> params{V(act.a), V(act.b), V(act.c)};
   const T* in[Op::kIn];
   T* out[Op::kOut];
@@ -27,23 +35,7 @@ void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* 
   for (int k = 0; k < Op::kOut; ++k) out[k] = outs[k];
 
   V x[kUnroll][Op::kIn], y[kUnroll][Op::kOut];
-  const auto apply = [&](int u, V scale) __attribute__((always_inline)) {
-    Op::template apply<F>(F::template jet<V>(x[u][0], params), x[u], y[u]);
-    if (m == nullptr) return;
-#pragma GCC unroll 4
-    for (int k = 0; k < Op::kOut; ++k) y[u][k] *= scale;
-  };
-  const auto add_residuals = [&](int u, std::int64_t at, int count) __attribute__((always_inline)) {
-    if constexpr (Op::kAdds) {
-      if (add == nullptr) return;
-#pragma GCC unroll 4
-      for (int k = 0; k < Op::kOut; ++k) {
-        if (add[k]) y[u][k] += count == kLanes ? load(add[k] + at) : load_n(add[k] + at, count);
-      }
-    }
-  };
-  std::int64_t i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+  for (std::int64_t i = 0; i < n; i += kStep<T>) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
 #pragma GCC unroll 4
@@ -54,8 +46,15 @@ void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* 
     }
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
-      apply(u, m ? load(m + i + u * kLanes) : V());
-      add_residuals(u, i + u * kLanes, kLanes);
+      const std::int64_t at = i + u * kLanes;
+      Op::template apply<F>(F::template jet<V>(x[u][0], params), x[u], y[u]);
+#pragma GCC unroll 4
+      for (int k = 0; k < Op::kOut; ++k) {
+        if (m) y[u][k] *= load(m + at);
+        if constexpr (Op::kAdds) {
+          if (add && add[k]) y[u][k] += load(add[k] + at);
+        }
+      }
     }
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
@@ -68,12 +67,32 @@ void run(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* 
       }
     }
   }
-  for (; i < n; i += kLanes) {
-    const int count = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    for (int k = 0; k < Op::kIn; ++k) x[0][k] = load_n(in[k] + i, count);
-    apply(0, m ? load_n(m + i, count) : V());
-    add_residuals(0, i, count);
-    for (int k = 0; k < Op::kOut; ++k) store_n(out[k] + i, y[0][k], count);
+}
+
+// Runs a kernel over any n: what fills no whole step is padded to one, so that the kernels, of
+// which there are hundreds, have one loop.
+template <int kIn, int kOut, class T>
+void run(Kernel<T> kernel, const Act& act, const T* const* in, T* const* out, const Compute<T>* m,
+         const T* const* add, std::int64_t n, bool streams) {
+  const std::int64_t rest = n % kStep<T>, whole = n - rest;
+  if (whole) kernel(act, in, out, m, add, whole, streams);
+  if (rest == 0) return;
+  alignas(64) T padded[kIn + 2 * kOut][kStep<T>] = {};
+  alignas(64) Compute<T> padded_m[kStep<T>] = {};
+  const T *x[kIn], *residual[kOut] = {};
+  T* y[kOut];
+  const auto pad = [&](const auto* from, auto* to) {
+    std::memcpy(to, from + whole, static_cast<std::size_t>(rest) * sizeof(*to));
+    return to;
+  };
+  for (int k = 0; k < kIn; ++k) x[k] = pad(in[k], padded[k]);
+  for (int k = 0; k < kOut; ++k) {
+    y[k] = padded[kIn + k];
+    if (add && add[k]) residual[k] = pad(add[k], padded[kIn + kOut + k]);
+  }
+  kernel(act, x, y, m ? pad(m, padded_m) : nullptr, add ? residual : nullptr, kStep<T>, false);
+  for (int k = 0; k < kOut; ++k) {
+    std::memcpy(out[k] + whole, y[k], static_cast<std::size_t>(rest) * sizeof(T));
   }
 }
 

@@ -121,8 +121,10 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
       add(i, V::kLanes, part[0]);
       add(i + V::kLanes, V::kLanes, part[1]);
     }
-    for (; i + V::kLanes <= count; i += V::kLanes) add(i, V::kLanes, part[0]);
-    if (i < count) add(i, static_cast<int>(count - i), part[1]);
+    for (; i < count; i += V::kLanes) {
+      const bool whole = count - i >= V::kLanes;
+      add(i, whole ? V::kLanes : static_cast<int>(count - i), part[whole ? 0 : 1]);
+    }
     for (int s = 0; s < Op::kSums; ++s) sum[s] += part[0][s] + part[1][s];
   }
   A finished[Op::kSums];

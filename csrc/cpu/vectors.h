@@ -5,14 +5,18 @@
 
 namespace jops::JOPS_ISA {
 
-// f(i, count) for the vectors of n elements after the first `head`; count is a constant in the
-// body.
+// f(i, count) for the vectors of n elements after the first `head`; count is a constant in one of
+// the two bodies that are compiled.
 template <int kLanes, class F>
 JOPS_HD void for_vectors(std::int64_t n, std::int64_t head, const F& f) {
-  std::int64_t i = head < n ? head : n;
-  if (i > 0) f(0, static_cast<int>(i));
-  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
-  if (i < n) f(i, static_cast<int>(n - i));
+  std::int64_t i = 0, part = head < n ? head : n;
+  while (true) {
+    if (part > 0) f(i, static_cast<int>(part));
+    i += part;
+    for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
+    part = n - i;
+    if (part == 0) return;
+  }
 }
 
 // Elements from p on before the first one at a whole vector in memory.
