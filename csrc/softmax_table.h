@@ -73,16 +73,14 @@ struct SoftmaxTable {
   }
   // The tangents that are given decide what runs. Without ty the two results are VJPs of one point:
   // rare, and not worth a kernel of its own that reads y once.
-  template <class Vjp, template <bool> class Row>
+  template <class Vjp, class Row>
   static void vjp_jvp(const Rows& rows, const Buffer& y, const Buffer& gy, const Buffer& ty,
                       const Buffer& tgy, const Buffer& gx, const Buffer& tgx, const Exec& exec) {
     if (!ty.given()) {
       two_to_one<Vjp>(rows, y, gy, gx, exec);
       two_to_one<Vjp>(rows, y, tgy, tgx, exec);
-    } else if (!tgy.given()) {
-      Launch::template run<Row<false>>(rows, {y, gy, ty}, {gx, tgx}, exec);
     } else {
-      Launch::template run<Row<true>>(rows, {y, gy, ty, tgy}, {gx, tgx}, exec);
+      Launch::template run<Row>(rows, {y, gy, ty, tgy}, {gx, tgx}, exec);
     }
   }
 };

@@ -40,7 +40,9 @@ struct Ranges {
   void run(std::int64_t first, const Compute<T>* m, std::int64_t n) const {
     const T* x[Op::kIn];
     T* y[Op::kOut];
-    for (int k = 0; k < Op::kIn; ++k) x[k] = static_cast<const T*>(in[k].data) + first;
+    for (int k = 0; k < Op::kIn; ++k) {
+      x[k] = in[k].given() ? static_cast<const T*>(in[k].data) + first : nullptr;
+    }
     bool streams = large;
     for (int k = 0; k < Op::kOut; ++k) {
       y[k] = static_cast<T*>(out[k].data) + first;
@@ -117,10 +119,8 @@ void vjp_jvp(const Act& act, const Buffer& x, const Buffer& gy, const Buffer& tx
   if (!tx.given()) {  // linear in the cotangent: two products
     launch<Vjp<kOrder>>(act, {x, gy}, {gx}, mask, exec);
     launch<Vjp<kOrder>>(act, {x, tgy}, {tgx}, mask, exec);
-  } else if (tgy.given()) {
-    launch<VjpJvp<kOrder, true>>(act, {x, gy, tx, tgy}, {gx, tgx}, mask, exec);
   } else {
-    launch<VjpJvp<kOrder, false>>(act, {x, gy, tx}, {gx, tgx}, mask, exec);
+    launch<VjpJvp<kOrder>>(act, {x, gy, tx, tgy}, {gx, tgx}, mask, exec);
   }
 }
 

@@ -24,8 +24,9 @@ using Kernel = void (*)(const Act&, const T* const* in, T* const* out, const Com
                         const T* const* add, std::int64_t n, bool streams);
 
 template <class F, class Op, class T>
-void steps(const Act& act, const T* const* ins, T* const* outs, const Compute<T>* m,
-           [[maybe_unused]] const T* const* add, std::int64_t n, bool streams) {
+__attribute__((noinline)) void steps(const Act& act, const T* const* ins, T* const* outs,
+                                     const Compute<T>* m, [[maybe_unused]] const T* const* add,
+                                     std::int64_t n, bool streams) {
   using V = Vec<Compute<T>>;
   constexpr int kLanes = V::kLanes;
   const Params<V, sizeof(T) == 2> params{V(act.a), V(act.b), V(act.c)};
@@ -40,6 +41,10 @@ void steps(const Act& act, const T* const* ins, T* const* outs, const Compute<T>
     for (int u = 0; u < kUnroll; ++u) {
 #pragma GCC unroll 4
       for (int k = 0; k < Op::kIn; ++k) {
+        if (k == Op::kMayLack && !in[k]) {
+          x[u][k] = V(Compute<T>(0));
+          continue;
+        }
         prefetch(reinterpret_cast<const char*>(in[k] + i + u * kLanes) + kAhead);
         x[u][k] = load(in[k] + i + u * kLanes);
       }
@@ -85,7 +90,7 @@ void run(Kernel<T> kernel, const Act& act, const T* const* in, T* const* out, co
     std::memcpy(to, from + whole, static_cast<std::size_t>(rest) * sizeof(*to));
     return to;
   };
-  for (int k = 0; k < kIn; ++k) x[k] = pad(in[k], padded[k]);
+  for (int k = 0; k < kIn; ++k) x[k] = in[k] ? pad(in[k], padded[k]) : nullptr;
   for (int k = 0; k < kOut; ++k) {
     y[k] = padded[kIn + k];
     if (add && add[k]) residual[k] = pad(add[k], padded[kIn + kOut + k]);

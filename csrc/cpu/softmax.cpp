@@ -25,6 +25,14 @@ struct Call {
   std::int64_t size;
   bool streams;
 
+  template <class Op>
+  JOPS_HD bool given(int k) const {
+    return k != Op::kMayLack || in[k];
+  }
+  template <class Op>
+  JOPS_HD void fetch(int k, std::int64_t at) const {
+    if (given<Op>(k)) prefetch(in[k] + at);
+  }
   // Multipliers of elements first..first+n, or ones.
   template <class A>
   void multipliers(std::int64_t first, A* m, std::int64_t n) const {
@@ -51,6 +59,10 @@ struct Inputs {
 #pragma GCC unroll 4
     for (int k = 0; k < Op::kIn; ++k) {
       const bool logits = Op::kLogits && k == 0;
+      if (!call.template given<Op>(k)) {
+        in[k] = V(A(0));
+        continue;
+      }
       in[k] = count == V::kLanes ? load(call.in[k] + at)
                                  : load_n(call.in[k] + at, count, logits ? fill : A(0));
     }
@@ -114,8 +126,8 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
       if constexpr (!Op::kLogits || Op::kIn > 1) {
 #pragma GCC unroll 4
         for (int k = Op::kLogits; k < Op::kIn; ++k) {
-          prefetch(call.in[k] + start + block + i + kAhead);
-          prefetch(call.in[k] + start + block + i + V::kLanes + kAhead);
+          call.template fetch<Op>(k, start + block + i + kAhead);
+          call.template fetch<Op>(k, start + block + i + V::kLanes + kAhead);
         }
       }
       add(i, V::kLanes, part[0]);
@@ -139,7 +151,7 @@ void contiguous_row(const Call<T>& call, std::int64_t row) {
     if (kMasked && !(Op::kMaskInSums && n <= kBlock)) call.multipliers(at, m, count);
     for_vectors<V::kLanes>(count, call.head(at), [&](std::int64_t i, int lanes) {
 #pragma GCC unroll 4
-      for (int k = 0; k < Op::kIn; ++k) prefetch(call.in[k] + at + i + ahead);
+      for (int k = 0; k < Op::kIn; ++k) call.template fetch<Op>(k, at + i + ahead);
       Inputs<Op, T> e;
       e.read(call, at + i, lanes, fill);
       V out[Op::kOut];
@@ -208,7 +220,7 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
       for (std::int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
         for (int k = Op::kLogits; k < Op::kIn; ++k) {
-          prefetch(call.in[k] + at + (r + kDeep) * inner);
+          call.template fetch<Op>(k, at + (r + kDeep) * inner);
         }
         e.read(call, at + r * inner, lanes, A(0));
         Op::add(e.in, e.exponential(e.log_like(scale, reference)),
@@ -236,7 +248,7 @@ void strip(const Call<T>& call, std::int64_t outer, std::int64_t column, std::in
       Inputs<Op, T> e;
       V s[Op::kSums], out[Op::kOut];
 #pragma GCC unroll 4
-      for (int k = 0; k < Op::kIn; ++k) prefetch(call.in[k] + at + j + 4 * inner);
+      for (int k = 0; k < Op::kIn; ++k) call.template fetch<Op>(k, at + j + 4 * inner);
       e.read(call, at + j, lanes, A(0));
       for (int k = 0; k < Op::kSums; ++k) s[k] = load(sum[k] + j);
       const V d = e.log_like(scale, load(top + j));

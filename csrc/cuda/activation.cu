@@ -74,10 +74,8 @@ void vjp_jvp(const Act& act, const Buffer& x, const Buffer& gy, const Buffer& tx
   if (!tx.given()) {  // linear in the cotangent: two products
     launch<Vjp<kOrder>>(act, {x, gy}, {gx}, mask, exec);
     launch<Vjp<kOrder>>(act, {x, tgy}, {tgx}, mask, exec);
-  } else if (tgy.given()) {
-    launch<VjpJvp<kOrder, true>>(act, {x, gy, tx, tgy}, {gx, tgx}, mask, exec);
   } else {
-    launch<VjpJvp<kOrder, false>>(act, {x, gy, tx}, {gx, tgx}, mask, exec);
+    launch<VjpJvp<kOrder>>(act, {x, gy, tx, tgy}, {gx, tgx}, mask, exec);
   }
 }
 

@@ -83,7 +83,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int p = 0; p < kPacks<Op>; ++p) {
       const std::int64_t at = begin + p * kThreads * kEach;
 #pragma unroll
-      for (int k = 0; k < Op::kIn; ++k) raw[p][k] = t.load(t.in[k], at);
+      for (int k = 0; k < Op::kIn; ++k) {
+        const bool given = k != Op::kMayLack || t.in[k];
+        raw[p][k] = given ? t.load(t.in[k], at) : make_uint4(0, 0, 0, 0);
+      }
       if constexpr (Op::kAdds) {
 #pragma unroll
         for (int k = 0; k < Op::kOut; ++k) {

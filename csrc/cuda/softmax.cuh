@@ -29,6 +29,7 @@ struct Call {
   bool packs;  // every row, or line across columns, starts and ends at sixteen bytes
   Dropout<A> dropout;
 
+  __device__ __forceinline__ bool given(int k) const { return k != Row::kMayLack || in[k]; }
   // What stands past the end of a row: a logit whose exponential is 0.
   __device__ __forceinline__ A fill() const { return scale < 0 ? kInfinity<A> : -kInfinity<A>; }
   // Numbers of a row from j on, at most a pack.
@@ -67,7 +68,9 @@ struct Held {
       const bool there = row < call.outer && j < call.n;
 #pragma unroll
       for (int k = 0; k < Row::kIn; ++k) {
-        if (there && call.packs)
+        if (!call.given(k))
+          raw[p][k] = make_uint4(0, 0, 0, 0);
+        else if (there && call.packs)
           raw[p][k] = dev::load16(call.in[k] + at);
         else
           raw[p][k] = load_some(call.in[k] + at, call.count_at(row, j));
@@ -229,6 +232,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) staged(Call<Row, T> call) {
   auto* stage = dev::dynamic_shared<uint4>();
 #pragma unroll
   for (int k = 0; k < Row::kIn; ++k) {
+    if (!call.given(k)) continue;
 #pragma unroll 4
     for (int p = threadIdx.x; p < packs; p += kBlockThreads) {
       const std::int64_t j = static_cast<std::int64_t>(p) * kEach;
@@ -262,7 +266,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1) staged(Call<Row, T> call) {
   const auto part_at = [&](int p) {
     Part part;
 #pragma unroll
-    for (int k = 0; k < Row::kIn; ++k) part.raw[0][k] = stage[k * packs + p];
+    for (int k = 0; k < Row::kIn; ++k) {
+      part.raw[0][k] = call.given(k) ? stage[k * packs + p] : make_uint4(0, 0, 0, 0);
+    }
     return part;
   };
   LongSum<A> total[Row::kSums];
@@ -388,6 +394,7 @@ __device__ __forceinline__ void stage_strip(const Call<Row, T>& call, T* strip) 
   if (column.there) {
 #pragma unroll
     for (int k = 0; k < Row::kIn; ++k) {
+      if (!call.given(k)) continue;
 #pragma unroll 4
       for (int row = thread / across; row < n; row += kWidth * kLines / across) {
         const T* from = call.in[k] + column.start + row * call.inner;
@@ -413,6 +420,7 @@ __global__ void __launch_bounds__(kWidth* kLines, 1) columns(Call<Row, T> call) 
   auto* strip = dev::dynamic_shared<T>();
   if constexpr (kStaged) stage_strip(call, strip);
   const auto input = [&](int k, std::int64_t row) -> A {
+    if (!call.given(k)) return A(0);
     if constexpr (kStaged) return dev::widen(strip[(k * call.n + row) * kWidth + lane]);
     return dev::widen(call.in[k][start + row * call.inner]);
   };

@@ -1,6 +1,6 @@
 // The products of an elementwise activation f: what each reads, and what it writes given the jet
 // of f at in[0], which is x. A dropout multiplier scales all outputs; kAdds: residuals may be added
-// to them after that.
+// to them after that; kMayLack: an input that may be null, for zeros.
 //
 // Gated units: Shazeer, GLU variants improve transformer, 2020, arXiv:2002.05202.
 #pragma once
@@ -16,7 +16,7 @@ JOPS_HD V derivative(const Jet<V>& j) {
 }
 
 struct Value {  // x -> y
-  static constexpr int kIn = 1, kOut = 1;
+  static constexpr int kIn = 1, kOut = 1, kMayLack = -1;
   static constexpr bool kAdds = true;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V*, V* out) {
@@ -26,7 +26,7 @@ struct Value {  // x -> y
 
 template <int kOrder>
 struct Vjp {  // x, gy -> gx
-  static constexpr int kIn = 2, kOut = 1;
+  static constexpr int kIn = 2, kOut = 1, kMayLack = -1;
   static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
@@ -35,7 +35,7 @@ struct Vjp {  // x, gy -> gx
 };
 
 struct Jvp {  // x, tx -> y, ty
-  static constexpr int kIn = 2, kOut = 2;
+  static constexpr int kIn = 2, kOut = 2, kMayLack = -1;
   static constexpr bool kAdds = true;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
@@ -46,7 +46,7 @@ struct Jvp {  // x, tx -> y, ty
 
 template <int kOrder>
 struct VjpVjp {  // x, gy, h -> hx, hgy
-  static constexpr int kIn = 3, kOut = 2;
+  static constexpr int kIn = 3, kOut = 2, kMayLack = -1;
   static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
@@ -55,22 +55,22 @@ struct VjpVjp {  // x, gy, h -> hx, hgy
   }
 };
 
-template <int kOrder, bool kTgy>
-struct VjpJvp {  // x, gy, tx[, tgy] -> gx, tgx
-  static constexpr int kIn = kTgy ? 4 : 3, kOut = 2;
+template <int kOrder>
+struct VjpJvp {  // x, gy, tx, tgy -> gx, tgx
+  static constexpr int kIn = 4, kOut = 2, kMayLack = 3;
   static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
     out[0] = times<F>(derivative<kOrder>(j), in[1]);
     out[1] = times<F>(derivative<kOrder + 1>(j), in[1] * in[2]);
-    if constexpr (kTgy) out[1] += times<F>(derivative<kOrder>(j), in[3]);
+    out[1] += times<F>(derivative<kOrder>(j), in[3]);
   }
 };
 
 // The products of a gated unit y = f(a) b: in[0] is a, in[1] is b.
 
 struct GatedValue {  // a, b -> y
-  static constexpr int kIn = 2, kOut = 1;
+  static constexpr int kIn = 2, kOut = 1, kMayLack = -1;
   static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
@@ -79,7 +79,7 @@ struct GatedValue {  // a, b -> y
 };
 
 struct GatedJvp {  // a, b, ta, tb -> y, ty = f' b ta + f tb
-  static constexpr int kIn = 4, kOut = 2;
+  static constexpr int kIn = 4, kOut = 2, kMayLack = -1;
   static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
@@ -89,7 +89,7 @@ struct GatedJvp {  // a, b, ta, tb -> y, ty = f' b ta + f tb
 };
 
 struct GatedVjp {  // a, b, gy -> ga = f' b gy, gb = f gy
-  static constexpr int kIn = 3, kOut = 2;
+  static constexpr int kIn = 3, kOut = 2, kMayLack = -1;
   static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
@@ -99,7 +99,7 @@ struct GatedVjp {  // a, b, gy -> ga = f' b gy, gb = f gy
 };
 
 struct GatedVjpVjp {  // a, b, gy, h of ga and of gb -> the cotangents of a, b and gy
-  static constexpr int kIn = 5, kOut = 3;
+  static constexpr int kIn = 5, kOut = 3, kMayLack = -1;
   static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {
@@ -111,7 +111,7 @@ struct GatedVjpVjp {  // a, b, gy, h of ga and of gb -> the cotangents of a, b a
 
 // a, b, gy, ta, tb, tgy -> ga, gb, tga = f'' b gy ta + f' (gy tb + b tgy), tgb = f' gy ta + f tgy
 struct GatedVjpJvp {
-  static constexpr int kIn = 6, kOut = 4;
+  static constexpr int kIn = 6, kOut = 4, kMayLack = -1;
   static constexpr bool kAdds = false;
   template <class F, class V>
   static JOPS_HD void apply(const Jet<V>& j, const V* in, V* out) {

@@ -3,7 +3,8 @@
 // Each struct says what a product needs: kIn inputs and kOut outputs; whether in[0] are logits, so
 // that a maximum comes first, or the saved output; the sums (`add` one element, `finish` them once
 // a row); and the outputs (`emit`); whether both take e, and `emit` takes in[0] for nothing else,
-// so that a kernel may keep e in its place (kExpReplacesInput). Everywhere d is log-like: scale * x
+// so that a kernel may keep e in its place (kExpReplacesInput); kMayLack: an input that may be
+// null, for zeros. Everywhere d is log-like: scale * x
 // - max of a logit, y itself for a saved log_softmax; e = e^d; m is the dropout multiplier (1
 // without; kMaskInSums: the sums take it too). Generic over scalars and vectors. scale:
 // softmax(scale * x), -1 is softmin.
@@ -14,7 +15,7 @@
 namespace jops::JOPS_ISA {
 
 struct SoftmaxRow {  // x -> y
-  static constexpr int kIn = 1, kOut = 1, kSums = 1;
+  static constexpr int kIn = 1, kOut = 1, kSums = 1, kMayLack = -1;
   static constexpr bool kLogits = true, kMaskInSums = false;
   static constexpr bool kExpReplacesInput = true;
   template <class V>
@@ -32,7 +33,7 @@ struct SoftmaxRow {  // x -> y
 };
 
 struct SoftmaxJvpRow {  // x, tx -> y, ty = scale y (tx - <y, tx>), both times m
-  static constexpr int kIn = 2, kOut = 2, kSums = 2;
+  static constexpr int kIn = 2, kOut = 2, kSums = 2, kMayLack = -1;
   static constexpr bool kLogits = true, kMaskInSums = false;
   static constexpr bool kExpReplacesInput = true;
   template <class V>
@@ -53,7 +54,7 @@ struct SoftmaxJvpRow {  // x, tx -> y, ty = scale y (tx - <y, tx>), both times m
 };
 
 struct SoftmaxDropoutVjpRow {  // x, gy -> gx = scale y (m gy - <y, m gy>), y recomputed from x
-  static constexpr int kIn = 2, kOut = 1, kSums = 2;
+  static constexpr int kIn = 2, kOut = 1, kSums = 2, kMayLack = -1;
   static constexpr bool kLogits = true, kMaskInSums = true;
   static constexpr bool kExpReplacesInput = true;
   template <class V>
@@ -74,6 +75,7 @@ struct SoftmaxDropoutVjpRow {  // x, gy -> gx = scale y (m gy - <y, m gy>), y re
 // Products of a saved output: nothing to do between the sums and the map.
 struct FromOutput {
   static constexpr bool kLogits = false, kMaskInSums = false, kExpReplacesInput = false;
+  static constexpr int kMayLack = -1;
   template <class V>
   static JOPS_HD void finish(V*) {}
 };
@@ -105,29 +107,26 @@ struct SoftmaxVjpVjpRow : FromOutput {
   }
 };
 
-// y, gy, ty[, tgy] -> gx as the VJP, tgx = scale (y (tgy - b) + ty (gy - <y, gy>)), b = <y, tgy>
+// y, gy, ty, tgy -> gx as the VJP, tgx = scale (y (tgy - b) + ty (gy - <y, gy>)), b = <y, tgy>
 // + <ty, gy>
-template <bool kTgy>
 struct SoftmaxVjpJvpRow : FromOutput {
-  static constexpr int kIn = 3 + kTgy, kOut = 2, kSums = 2;
+  static constexpr int kIn = 4, kOut = 2, kSums = 2, kMayLack = 3;
   template <class V>
   static JOPS_HD void add(const V* in, V, V, V* sum) {
     sum[0] = fma(in[0], in[1], sum[0]);
-    if constexpr (kTgy) sum[1] = fma(in[0], in[3], sum[1]);
+    sum[1] = fma(in[0], in[3], sum[1]);
     sum[1] = fma(in[2], in[1], sum[1]);
   }
   template <class V>
   static JOPS_HD void emit(const V* in, V, V, V, const V* sum, V scale, V* out) {
     const V centred = in[1] - sum[0];
-    V t = in[0] * -sum[1];
-    if constexpr (kTgy) t = in[0] * (in[3] - sum[1]);
     out[0] = scale * in[0] * centred;
-    out[1] = scale * fma(in[2], centred, t);
+    out[1] = scale * fma(in[2], centred, in[0] * (in[3] - sum[1]));
   }
 };
 
 struct LogSoftmaxRow {  // x -> y = x - logsumexp(x)
-  static constexpr int kIn = 1, kOut = 1, kSums = 1;
+  static constexpr int kIn = 1, kOut = 1, kSums = 1, kMayLack = -1;
   static constexpr bool kLogits = true, kMaskInSums = false;
   static constexpr bool kExpReplacesInput = false;
   template <class V>
@@ -145,7 +144,7 @@ struct LogSoftmaxRow {  // x -> y = x - logsumexp(x)
 };
 
 struct LogSoftmaxJvpRow {  // x, tx -> y, ty = scale (tx - <softmax, tx>)
-  static constexpr int kIn = 2, kOut = 2, kSums = 2;
+  static constexpr int kIn = 2, kOut = 2, kSums = 2, kMayLack = -1;
   static constexpr bool kLogits = true, kMaskInSums = false;
   static constexpr bool kExpReplacesInput = false;
   template <class V>
@@ -206,21 +205,18 @@ struct LogSoftmaxVjpVjpRow : FromOutput {
   }
 };
 
-// y, gy, ty[, tgy] -> gx as the VJP, tgx = scale (tgy - s (sum(tgy) + ty sum(gy)))
-template <bool kTgy>
+// y, gy, ty, tgy -> gx as the VJP, tgx = scale (tgy - s (sum(tgy) + ty sum(gy)))
 struct LogSoftmaxVjpJvpRow : FromOutput {
-  static constexpr int kIn = 3 + kTgy, kOut = 2, kSums = 2;
+  static constexpr int kIn = 4, kOut = 2, kSums = 2, kMayLack = 3;
   template <class V>
   static JOPS_HD void add(const V* in, V, V, V* sum) {
     sum[0] += in[1];
-    if constexpr (kTgy) sum[1] += in[3];
+    sum[1] += in[3];
   }
   template <class V>
   static JOPS_HD void emit(const V* in, V, V e, V, const V* sum, V scale, V* out) {
-    V t = V(0);
-    if constexpr (kTgy) t = in[3] - e * sum[1];
     out[0] = scale * (in[1] - e * sum[0]);
-    out[1] = scale * (t - e * in[2] * sum[0]);
+    out[1] = scale * (in[3] - e * sum[1] - e * in[2] * sum[0]);
   }
 };
 
