@@ -141,7 +141,8 @@ cpp: $(BUILT)  ## build the example in C++ and the library's self-check, and run
 	PATH="$(abspath $(VENV))/bin:$$PATH" && \
 	tree=build/python-$$($(PY) -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))') && \
 	cmake -S . -B build/cpp -G Ninja && \
-	cmake -S . -B $$tree -DJACOBIAN_OPS_TOOLS=ON && cmake --build $$tree && \
+	cmake -S . -B $$tree -DJACOBIAN_OPS_TOOLS=ON -DPython_EXECUTABLE="$(abspath $(PY))" \
+	  -Dpybind11_DIR="$$(pybind11-config --cmakedir)" && cmake --build $$tree && \
 	ctest --test-dir $$tree --output-on-failure
 
 check-aarch64: $(ENVIRONMENT)  ## cross-compile for aarch64 and run the C++ self-check under qemu

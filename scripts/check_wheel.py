@@ -1,8 +1,9 @@
 """Build one wheel with build isolation and no torch, and run it beside several torch versions.
 
 The native core neither includes nor links torch, so one build must serve them all.  The wheel is
-made from a clean copy of the sources by an environment that has pip alone; then scripts/smoke.py
-runs against it in one environment for each torch.  Those are kept in the user's cache folder
+made by an environment that has pip alone, from this checkout, so that kernels that are compiled
+are not compiled again; its files are compared with what git tracks.  Then scripts/smoke.py runs
+against it in one environment for each torch.  Those are kept in the user's cache folder
 (XDG_CACHE_HOME, else ~/.cache) and used again; removing them costs only time.
 """
 
@@ -26,40 +27,42 @@ TORCHES = ("torch==2.13.0", "torch==2.10.0")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jacobian_ops"
 
 
-def copy_sources(target: Path) -> None:
-    """Copy what git tracks, and new files that it does not ignore: no build folder comes along."""
+def tracked_files() -> set[str]:
+    """What git tracks of the package, and new files that it does not ignore."""
     listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "jacobian_ops"],
         cwd=ROOT,
         capture_output=True,
         check=True,
     )
-    for name in filter(None, listing.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+    names = filter(None, listing.stdout.decode().split("\0"))
+    return {name for name in names if (ROOT / name).is_file()}
 
 
 def build_wheel(folder: Path, scratch: Path) -> Path:
     """Build the wheel into ``folder`` and return its path."""
-    venv, source = scratch / "builder", scratch / "source"
+    venv = scratch / "builder"
     environment.make_venv(venv)
-    copy_sources(source)
     python = environment.python_of(venv)
-    environment.run(python, "-m", "pip", "wheel", "--no-deps", "-w", scratch / "wheel", source)
+    # What an earlier build has put there would come along.
+    shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)
+    for left in (ROOT / "build").glob("lib.*"):
+        shutil.rmtree(left)
+    environment.run(python, "-m", "pip", "wheel", "--no-deps", "-w", scratch / "wheel", ROOT)
     (wheel,) = (scratch / "wheel").glob("*.whl")
     folder.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copy2(wheel, folder))
 
 
 def check_contents(wheel: Path) -> None:
-    """The wheel has the native modules, no source of them and no library of somebody else."""
-    names = zipfile.ZipFile(wheel).namelist()
-    libraries = [name for name in names if ".so" in Path(name).name]
-    wrong = [name for name in names if not name.startswith(("jacobian_ops/", "jacobian_ops-"))]
-    if wrong or not libraries or not all(re.search("/_(cpu|cuda)", name) for name in libraries):
-        sys.exit(f"{wheel.name}: unexpected contents: {wrong or libraries or names}")
-    print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB, {', '.join(libraries)}")
+    """The wheel has the package as git has it, the native modules, and nothing else."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    names = {name for name in names if ".dist-info/" not in name}
+    libraries = {name for name in names if re.fullmatch(r"jacobian_ops/_(cpu|cuda)\.[^/]*so", name)}
+    wrong = (names - libraries) ^ tracked_files()
+    if wrong or not libraries:
+        sys.exit(f"{wheel.name}: not both in the wheel and in git: {wrong or 'native modules'}")
+    print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB, {', '.join(sorted(libraries))}")
 
 
 def torch_environment(requirement: str) -> Path:
