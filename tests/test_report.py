@@ -1,5 +1,6 @@
 """jacobian_ops.report: its figures against dense Jacobians, and the models that it tells apart."""
 
+import copy
 import json
 import math
 
@@ -240,6 +241,17 @@ def test_transformer():
         assert table["act"].largest_gain == pytest.approx(1)
         for row in report.layers[1:]:
             assert row.jvp_flops > 0 and math.isfinite(row.largest_gain)
+
+
+def test_gain_of_a_small_jacobian():
+    """However small: what is compared is relative."""
+    layer = nn.Linear(6, 5, dtype=torch.float64)
+    largest = torch.linalg.svdvals(layer.weight)[0].item()
+    for scale in (1e-12, 1e12):
+        model = nn.Sequential(copy.deepcopy(layer))
+        model[0].weight.data *= scale
+        row = jacobian_ops.report(model, torch.randn(4, 6, dtype=torch.float64)).model
+        assert row.largest_gain == pytest.approx(scale * largest, rel=1e-3)
 
 
 def test_same_masks():

@@ -132,18 +132,17 @@ def _largest_singular_value(layer, v, steps) -> float:
     """Of J on the Krylov space of J^T J and v, orthogonalised in full."""
     basis, images = [], []
     for _ in range(min(steps, v.numel())):
+        whole = norm(v)
         for _ in range(2):  # once more for what rounding left
             for b in basis:
                 v = v - dot(b, v) * b
         size = norm(v)
-        if not 0 < size < math.inf:
+        if not 1e-6 * whole < size < math.inf:  # the space is complete, to rounding
             break
         v = v / size
         basis.append(v)
         images.append(layer.jvp(v))
         v = layer.vjp(images[-1])
-        if norm(v) <= 1e-6 * norm(images[-1]):
-            break
     if not images:
         return 0.0
     image = torch.stack([y.flatten() for y in images])

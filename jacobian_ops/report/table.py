@@ -18,8 +18,8 @@ class Layer:
         n: Elements of the input that J is by, the first floating-point one; None without any.
         saved_bytes: What a forward pass of this layer keeps for its backward pass, parameters not
             counted; measured.  What two layers keep of the same tensor counts for both.
-        vjp_flops: Of J^T v alone, without the parameters' gradients.  Two for a multiply-add, one
-            for each element that another op reads or writes.
+        vjp_flops: Of J^T v alone, without the parameters' gradients.  Two for a multiply-add of a
+            matrix product, one for each element of another op's largest tensor.
         jvp_flops: Of J u, beyond those of the forward pass.
         largest_gain: An estimate of the largest singular value, from below.
         mean_gain: An estimate of the singular values' root mean square, |J|_F / sqrt(min(m, n)).
