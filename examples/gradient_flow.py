@@ -108,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     options.output.mkdir(parents=True, exist_ok=True)
     console = Console()
+    if not console.is_terminal:
+        console.width = 140  # the table without a folded line
     torch.manual_seed(0)
     x = torch.tensor(load_digits().data[:128], dtype=torch.float32) / 8 - 1
     reports, seconds = {}, {}
