@@ -41,7 +41,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cpu_only: about the CPU's kernels and what is around them")
-    config.addinivalue_line("markers", "not_on_host: its calls of kernels are those of other tests")
 
 
 def pytest_generate_tests(metafunc):
@@ -57,7 +56,7 @@ def pytest_collection_modifyitems(config, items):
         is_op = isinstance(case, cases.Case)
         if is_op and config.getoption("--routed") and case not in cases.ROUTED:
             return False
-        return not (ON_HOST and any(map(item.get_closest_marker, ("cpu_only", "not_on_host"))))
+        return not (ON_HOST and item.get_closest_marker("cpu_only"))
 
     config.hook.pytest_deselected(items=[i for i in items if not kept(i)])
     items[:] = [i for i in items if kept(i)]

@@ -8,7 +8,6 @@ import jacobian_ops.functional as J
 
 from .cases import CASES, NESTED
 
-pytestmark = pytest.mark.not_on_host
 close = torch.testing.assert_close
 
 

@@ -10,8 +10,6 @@ import torch
 
 import jacobian_ops.nn as jnn
 
-pytestmark = pytest.mark.not_on_host
-
 # Every drop-in class with the arguments to try it with; {} is the defaults.
 ARGUMENTS = {
     "Linear": [

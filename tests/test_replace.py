@@ -17,8 +17,6 @@ import jacobian_ops.nn as jnn
 from jacobian_ops import replace, restore
 from jacobian_ops.replace import FusedSequential
 
-pytestmark = pytest.mark.not_on_host
-
 MODULE = importlib.import_module("jacobian_ops.replace")  # the function hides it
 SWAPPED = sorted(set(jnn.__all__) & set(dir(nn)))
 
