@@ -37,6 +37,11 @@ from .kernels import resolve
 from .kernels._arguments import ALLOWED_DTYPES, check_p, check_tensor, name_of, normalize_dim
 from .kernels.cross_entropy import wide
 
+try:
+    from . import distributed as _distributed
+except (ImportError, AttributeError):  # a torch without it, or one whose DTensor has changed
+    _distributed = None
+
 _C = torch._C
 
 __all__ = [
@@ -123,6 +128,13 @@ def _tiny(t: Tensor, op: str = "") -> bool:
         and not _C._len_torch_function_stack()
         and not _C._len_torch_dispatch_stack()
         and _C._get_tracing_state() is None
+    )
+
+
+def _sharded(*tensors) -> bool:
+    """Whether one of them is a DTensor."""
+    return _distributed is not None and any(
+        type(t) not in _PLAIN_TYPES and isinstance(t, _distributed.DTensor) for t in tensors
     )
 
 
@@ -376,6 +388,9 @@ def _along_dim(public, native, input, dim, _stacklevel, dtype):
     dim = normalize_dim(op, dim, input.dim())
     if input.dim() == 0:
         return _as_vector(lambda x: public(x, dim), input)
+    if _sharded(input) and _distributed.shards(input, dim):
+        y = _distributed.log_softmax(-input if op == "softmin" else input, dim)
+        return (y if op == "log_softmax" else y.exp()).to(input.dtype)
     if op == "log_softmax":
         return _softmax.log_softmax(input, dim)
     return _softmax.softmax(input, dim, -1.0 if op == "softmin" else 1.0)
@@ -389,7 +404,9 @@ def draw_seed(input: Tensor, generator: torch.Generator | None = None) -> Tensor
     """
     # The overload with a generator knows no symbolic shapes.
     extra = _given(generator=generator)
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=input.device, **extra)
+    device = input.device
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, **extra)
+    return _distributed.shard_seed(seed, input) if _sharded(input) else seed
 
 
 def dropout(
@@ -429,6 +446,7 @@ def dropout(
         return input
     if not ours:
         return _native("dropout", F.dropout, input, p, training, inplace)
+    input = _distributed.summed(input) if _sharded(input) else input
     seed = draw_seed(input, generator)
     if not inplace:
         return _dropout.dropout(input, seed, p)
@@ -476,7 +494,8 @@ def dropout_add(
         if not ours or not _strided(t):
             raise _no_kernels("dropout_add", name, t)
     _check_device("dropout_add", input, residual=residual)
-    if input.shape != residual.shape or input.dtype != residual.dtype:
+    alike = input.shape == residual.shape and input.dtype == residual.dtype
+    if not alike or _sharded(input, residual):
         return residual + dropout(input, p, generator=generator)
     return _dropout.dropout_add(input, residual, draw_seed(input, generator), p)
 
@@ -519,6 +538,8 @@ def softmax_dropout(
     dim = normalize_dim("softmax_dropout", dim, input.dim())
     if input.dim() == 0:
         return _as_vector(lambda x: softmax_dropout(x, dim, p, generator=generator), input)
+    if _sharded(input):
+        return dropout(softmax(input, dim), p, generator=generator)
     return _softmax.softmax_dropout(input, draw_seed(input, generator), dim, p)
 
 
@@ -852,6 +873,8 @@ def cross_entropy(
             f"{op}: input has no dimensions; allowed: (C), (N, C) or (N, C, d1, ...)"
         )
     dim = 0 if input.dim() == 1 else 1
+    if _sharded(input):
+        target, weight = (_distributed.replicated(t, input) for t in (target, weight))
     weight = None if weight is None else _in_full(weight)
     weight = _class_weight(op, weight, input.dtype, input.shape[dim])
     if target.shape == input.shape and target.numel() != 0 or target.is_floating_point():
@@ -859,9 +882,11 @@ def cross_entropy(
             op, input, target, weight, dim, ignore_index, reduction, label_smoothing
         )
     target = _classes(op, target, (*input.shape[:dim], *input.shape[dim + 1 :]))
-    losses = _entropy.cross_entropy(
-        input, target, weight, dim, ignore_index, float(label_smoothing)
-    )
+    rest = dim, ignore_index, float(label_smoothing)
+    if weight is None and _sharded(input) and _distributed.shards(input, dim):
+        losses = _distributed.cross_entropy(input, target, *rest)
+    else:
+        losses = _entropy.cross_entropy(input, target, weight, *rest)
     return _reduce(losses, target, weight, ignore_index, reduction).to(input.dtype)
 
 
@@ -1035,7 +1060,8 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: chunk_size is {chunk_size}; it must be at least 1, or None")
     check_tensor(op, "target", target)
     ignore_index = -100 if ignore_index is None else ignore_index
-    if target.is_floating_point() or not _ours(op, input):
+    by_class = _sharded(linear_weight) and _distributed.shards(linear_weight, 0)
+    if target.is_floating_point() or by_class or not _ours(op, input):
         logits = linear(input, linear_weight, linear_bias)
         rows = logits.shape[:-1]
         if not target.is_floating_point():
@@ -1410,6 +1436,8 @@ def scaled_dot_product_attention(
         keep, bias = _score_mask(op, attn_mask, query, key)
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
+    if dropout_p > 0.0 and _sharded(query):
+        query, key, value = _distributed.for_attention(query, key, value)
     seed = draw_seed(query, generator) if dropout_p > 0.0 else None
     given = query, key, value, keep, bias, seed
     o = _attention.attention(*given, float(scale), is_causal, float(dropout_p))[0]
@@ -1546,6 +1574,11 @@ def linear_act_dropout(
     input, weight, bias = _low_precision(input, weight, bias)
     x, bias = _fit_linear(op, input, weight, bias)
     p = p if training else 0.0
+    if _sharded(input, weight):  # the product may be a sum over ranks
+        y = linear(input, weight, bias)
+        y = _activation.activation(y, None, f.function, f.params, 0.0)
+        y = dropout(y, p, generator=generator)
+        return y if residual is None else residual + y
     seed = draw_seed(input, generator) if p > 0.0 else None
     shape = (*input.shape[:-1], weight.shape[0])
     fused = residual is not None and residual.shape == shape and residual.dtype == x.dtype

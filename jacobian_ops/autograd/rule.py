@@ -40,6 +40,7 @@ from .._backend import AUTOCAST_KEYS, BACKENDS
 
 _C = torch._C
 LIBRARY = torch.library.Library("jacobian_ops", "DEF")
+RULES: dict[str, type[Rule]] = {}  # by the op's name
 CPU_KEYS = _C._dispatch_keys(torch.empty(0))
 _KEYS = {"cpu": CPU_KEYS}
 
@@ -213,6 +214,7 @@ def _tangent_inputs(schema: str) -> tuple[int, ...]:
 def define(rule: type[Rule]) -> Callable:
     """Register ``rule`` and return the callable that picks the way for each call."""
     name = rule.schema.split("(")[0]
+    RULES[name] = rule
     tensors = rule.tensors = rule.schema.split("->")[0].count("Tensor")
     rule.tangent_inputs = _tangent_inputs(rule.schema) if rule.tangent_outputs else ()
     if rule.deferred:
