@@ -308,20 +308,19 @@ def for_attention(query: DTensor, *others: Tensor) -> list[Tensor]:
     return [replicated(t, query).redistribute(placements=placements) for t in (query, *others)]
 
 
-def _by_rank(local: Tensor, x: DTensor) -> DTensor:
-    """One number a row from each rank, side by side.
+def _of_ranks(local: Tensor, x: DTensor, dim: int) -> DTensor:
+    """One number a row from each rank that has a part of ``dim``, side by side on all of these.
 
-    Their sum is then DTensor's: the second derivative of a Partial made of local tensors would lack
-    what the other ranks contribute.
+    An explicit redistribution has a derivative; one that from_local does in its backward has none,
+    and would drop second derivatives.
     """
-    return DTensor.from_local(local, x.device_mesh, x.placements)
+    whole = [Replicate() if p.is_shard(dim) else p for p in x.placements]
+    return DTensor.from_local(local, x.device_mesh, x.placements).redistribute(placements=whole)
 
 
 def logsumexp(x: DTensor, dim: int) -> DTensor:
     """Over a sharded dimension, which is kept; one number a row goes to the other ranks."""
-    local = _by_rank(x.to_local().logsumexp(dim, keepdim=True), x)
-    whole = [Replicate() if p.is_shard(dim) else p for p in x.placements]
-    return local.redistribute(placements=whole).logsumexp(dim, keepdim=True)
+    return _of_ranks(x.to_local().logsumexp(dim, True), x, dim).logsumexp(dim, True)
 
 
 def log_softmax(x: DTensor, dim: int) -> DTensor:
@@ -348,7 +347,7 @@ def cross_entropy(
     Raises:
         IndexError: A class outside [0, C); on a GPU it makes NaN of its row instead.
     """
-    mesh, count = x.device_mesh, x.shape[dim]
+    count = x.shape[dim]
     x = summed(x).to(wide(x.dtype))
     of_class = [p.is_shard(dim) for p in x.placements]
     rows = [
@@ -359,13 +358,13 @@ def cross_entropy(
         placements=[Shard(0) if here else Replicate() for here in of_class]
     )
     logits, mine = x.to_local(), classes.to_local()
-    t = target.redistribute(placements=rows).to_local()
-    counts = t != ignore_index
-    wrong = counts & ((t < 0) | (t >= count))
-    if x.device.type == "cpu" and wrong.any():
+    target = target.redistribute(placements=rows)
+    t, ignored = target.to_local(), target == ignore_index
+    wrong = ~ignored & ((target < 0) | (target >= count))
+    if x.device.type == "cpu" and wrong.to_local().any():
         raise IndexError(
-            f"cross_entropy: target has class {t[wrong][0].item()}; allowed: 0 to {count - 1}, or "
-            f"ignore_index {ignore_index}"
+            f"cross_entropy: target has class {t[wrong.to_local()][0].item()}; allowed: 0 to "
+            f"{count - 1}, or ignore_index {ignore_index}"
         )
     total = logits.sum(dim, keepdim=True)
     picked = torch.zeros_like(total)
@@ -374,7 +373,5 @@ def cross_entropy(
         here = (at >= 0) & (at < len(mine))
         picked = logits.gather(dim, at.clamp(0, len(mine) - 1)).masked_fill(~here, 0)
     wanted = (1 - smoothing) * picked + smoothing / count * total
-    losses = logsumexp(x, dim).squeeze(dim) - _by_rank(wanted, x).sum(dim)
-    losses = losses.redistribute(placements=rows).to_local()
-    losses = losses.masked_fill(~counts, 0).masked_fill(wrong, torch.nan)
-    return DTensor.from_local(losses, mesh, rows)
+    losses = logsumexp(x, dim).squeeze(dim) - _of_ranks(wanted, x, dim).sum(dim)
+    return losses.masked_fill(ignored, 0).masked_fill(wrong, torch.nan)
