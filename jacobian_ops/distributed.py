@@ -276,6 +276,14 @@ def summed(t: DTensor) -> DTensor:
     return t.redistribute(placements=placements)
 
 
+def pinned(t: DTensor) -> DTensor:
+    """``t``, whose cotangents and their cotangents are sharded as it is.
+
+    Around an op with a seed: in another shard it would draw another mask.
+    """
+    return t.redistribute(placements=t.placements)
+
+
 def replicated(t: Tensor | None, other: DTensor) -> Tensor | None:
     """A plain tensor, the same on all ranks, as a DTensor beside ``other``."""
     if t is None or isinstance(t, DTensor):

@@ -446,7 +446,10 @@ def dropout(
         return input
     if not ours:
         return _native("dropout", F.dropout, input, p, training, inplace)
-    input = _distributed.summed(input) if _sharded(input) else input
+    if _sharded(input):
+        x = _distributed.summed(input)
+        y = _distributed.pinned(_dropout.dropout(x, draw_seed(x, generator), p))
+        return input.copy_(y) if inplace else y
     seed = draw_seed(input, generator)
     if not inplace:
         return _dropout.dropout(input, seed, p)
@@ -1436,11 +1439,13 @@ def scaled_dot_product_attention(
         keep, bias = _score_mask(op, attn_mask, query, key)
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
-    if dropout_p > 0.0 and _sharded(query):
+    by_rank = dropout_p > 0.0 and _sharded(query)
+    if by_rank:
         query, key, value = _distributed.for_attention(query, key, value)
     seed = draw_seed(query, generator) if dropout_p > 0.0 else None
     given = query, key, value, keep, bias, seed
     o = _attention.attention(*given, float(scale), is_causal, float(dropout_p))[0]
+    o = _distributed.pinned(o) if by_rank else o
     return o if ndim > 2 else o.squeeze(0)
 
 
