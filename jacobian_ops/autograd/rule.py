@@ -36,6 +36,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
+from .. import lowering
 from .._backend import AUTOCAST_KEYS, BACKENDS
 
 _C = torch._C
@@ -224,7 +225,12 @@ def define(rule: type[Rule]) -> Callable:
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, rule.kernel, key)
     LIBRARY.impl(name, _autograd_kernel(rule, op, tensors), "Autograd")
-    torch.library.register_fake(f"jacobian_ops::{name}", rule.fake, lib=LIBRARY)
+
+    def fake(*args):  # the first that is called when a graph is traced
+        lowering.register()
+        return rule.fake(*args)
+
+    torch.library.register_fake(f"jacobian_ops::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"jacobian_ops::{name}", lambda *a: rule.vmap(*a), lib=LIBRARY)
     if rule.composite is None or rule.deferred:
 
