@@ -45,7 +45,8 @@ _VJPS = {
     "softplus": _aten.softplus_backward,
     "mish": _aten.mish_backward,
     "hardswish": _aten.hardswish_backward,
-    "hardsigmoid": _aten.hardsigmoid_backward,
+    # The native one has 1/6 in float32, whatever the dtype.
+    "hardsigmoid": lambda gy, x: torch.where((x > -3) & (x < 3), gy / 6, 0.0),
 }
 
 

@@ -227,11 +227,13 @@ def test_autocast_with_master_weights(name):
         expected, given = (gradients(m, xs) for m in (native, model))
     assert given[0].dtype == expected[0].dtype
     close(given[0], expected[0], atol=0.1, rtol=0.1)
-    exact = gradients(native, xs)[1]
-    for n, g in given[1].items():
-        assert g.dtype == torch.float32
-        error, native_error = ((h - exact[n]).norm() for h in (g, expected[1][n]))
-        assert error <= 1.5 * native_error + 1e-3 * exact[n].norm(), n
+    assert all(g.dtype == torch.float32 for g in given[1].values())
+    exact, native_16, ours_16 = (
+        torch.cat([g.flatten() for g in run.values()])
+        for run in (gradients(native, xs)[1], expected[1], given[1])
+    )
+    error, native_error = ((g - exact).norm() for g in (ours_16, native_16))
+    assert error <= 1.25 * native_error < 0.1 * exact.norm()
 
 
 def test_autocast_tangents():
