@@ -68,12 +68,16 @@ def _norm(columns: tuple[int, ...], outputs: int, sums: int = 0):
 
 
 def _samples(outputs: int, sums: int = 0):
-    """group_norm: over samples, unless it is batch_norm, of 0 groups."""
+    """group_norm: over samples, unless 0 groups say that statistics are those of the batch."""
 
     def rule(tensors, consts):
-        x = tensors[0]
-        sample = ["0" if consts[0] else "."] + ["."] * (x.ndim - 1)
-        labels = [None if t is None else sample if t.ndim == x.ndim else ["."] for t in tensors]
+        x, stats = tensors[0], tensors[-1]
+        alone = consts[0] or stats is not None
+        sample = ["0" if alone else "."] + ["."] * (x.ndim - 1)
+        labels = [
+            None if t is None else sample if t.ndim == x.ndim and t is not stats else ["."] * t.ndim
+            for t in tensors
+        ]
         return labels, [sample] * outputs + [["."]] * sums
 
     return rule
@@ -116,8 +120,10 @@ def _heads(outputs: int):
         shared = [i for i in range(lead) if k.shape[i] != 1 or q.shape[i] == 1]
 
         def of(t):
-            if t is None or t is seed:
-                return None if t is None else ["."] * t.ndim
+            if t is None:
+                return None
+            if t is seed:
+                return ["."] * t.ndim
             wide = [i for i in shared if t.shape[i] != 1 or q.shape[i] == 1]
             return [str(i) if i in wide else "." for i in range(t.ndim)]
 

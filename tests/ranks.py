@@ -276,6 +276,15 @@ def norms():
 def batch_norm_sees_the_whole_batch():
     f = lambda x: J.batch_norm(x, None, None, training=True)  # noqa: E731
     as_one_process(f, [(4, 3, 5)], [S0], R)
+    for shape in ((4, 3, 5), (4, 3)):  # with running statistics, which every rank has
+        as_one_process(with_running_statistics, [shape, (3,)], [S0, R], S0)
+
+
+def with_running_statistics(x, weight):
+    mean, var = torch.arange(3.0).double(), torch.arange(1.0, 4.0).double()
+    if isinstance(x, DTensor):
+        mean, var = place(mean, R), place(var, R)
+    return J.batch_norm(x, mean, var, weight)
 
 
 LINEAR = {  # of x, weight and bias, and of the result's rows or columns

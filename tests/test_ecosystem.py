@@ -162,14 +162,11 @@ def test_inductor_leaves_masks_and_second_derivatives_to_us():
 
 
 def test_inductor_fuses_elementwise_ops():
-    """No call of ours is left in the code of a training step; one mask is in all that draws it."""
+    """No call of ours is left in the code of a training step."""
     x = torch.randn(8, 16, requires_grad=True)
 
     def elementwise(x):
         return J.swiglu(J.gelu(x * 2), J.relu(x)).sum()
-
-    def with_mask(x):
-        return J.linear_act_dropout(x, torch.eye(16), None, "sigmoid", 0.5) * J.silu(x + 9)
 
     def train(f):
         return torch.autograd.grad(f(x), x)
@@ -178,9 +175,6 @@ def test_inductor_fuses_elementwise_ops():
         given, code = run_and_get_code(lambda: train(torch.compile(elementwise, fullgraph=True)))
         assert len(code) == 2 and not any("jacobian_ops" in c for c in code)
         close(given, train(elementwise), atol=1e-5, rtol=1e-5)
-        y = torch.compile(with_mask, fullgraph=True)(x)
-        (g,) = torch.autograd.grad(y.sum(), x)
-        assert torch.equal(g != 0, y != 0) and 0.3 < (y != 0).double().mean() < 0.7
 
 
 # ------------------------------------------------------------------- mixed precision
