@@ -63,8 +63,8 @@ examples: $(BUILT)  ## what Jacobian products are for: MeanFlow, Hessians, flows
 # ops and tests in which nothing can go to torch, and those of compiled graphs and of single
 # dispatcher ops, which are ours however small they are.
 WITHOUT_TORCH = --routed $(patsubst %,--ignore=tests/test_%.py, \
-  attention bench compile cross_entropy cuda_gate dispatcher distributed dropout gated group_norm host_memory \
-  info limits norm packaging products rotary runtime) --ignore-glob='tests/test_jacobian_*.py' \
+  attention bench compile cross_entropy cuda_gate dispatcher distributed dropout ecosystem gated \
+  group_norm host_memory info limits norm packaging products rotary runtime) --ignore-glob='tests/test_jacobian_*.py' \
   $(patsubst %,--ignore=tests/test_%.py,checkpointing examples_jacobian geometry hutchinson implicit \
   newton_krylov report)
 test: $(BUILT)  ## run the tests, with and without what is left to torch
