@@ -12,7 +12,7 @@ from .checkpointing import checkpoint
 from .info import __version__, build_info
 from .jacobian import jvp
 from .memory import release_host_memory, retain_host_memory
-from .replace import replace, restore
+from .replace import causal_lm_loss, register_transformers, replace, replacements, restore
 from .report import report
 from .tuning import autotune
 
@@ -20,14 +20,17 @@ __all__ = [
     "__version__",
     "autotune",
     "build_info",
+    "causal_lm_loss",
     "checkpoint",
     "functional",
     "jacobian",
     "jvp",
     "kernels",
     "nn",
+    "register_transformers",
     "release_host_memory",
     "replace",
+    "replacements",
     "report",
     "restore",
     "retain_host_memory",

@@ -17,7 +17,7 @@ import jacobian_ops.nn as jnn
 from jacobian_ops import replace, restore
 from jacobian_ops.replace import FusedSequential
 
-MODULE = importlib.import_module("jacobian_ops.replace")  # the function hides it
+MODULE = importlib.import_module("jacobian_ops.replace.swap")  # the function hides the package
 SWAPPED = sorted(set(jnn.__all__) & set(dir(nn)))
 
 

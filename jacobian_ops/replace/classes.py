@@ -1,0 +1,90 @@
+"""Classes of ours for layers of others: a recipe of ours in front of the class as it is."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import inspect
+
+# Where a swapped layer keeps its former class, so that restore leaves alone what was built as ours.
+FORMER = "_jacobian_ops_former"
+
+
+class Recipe:
+    """What to run in place of a class's own method, where that is known to give the same.
+
+    It is no base of the classes that are made with it: their attributes are those of the layer.  A
+    subclass has the function ``ours(module, *args)`` to run as ``method`` of the class, which
+    returns NotImplemented where the class's own is to run.
+
+    Attributes:
+        natives: The methods that are known.
+        method: Which one of the class it is.
+        is_linear: Whether it is a linear layer, with a weight (in, out) and a bias.
+        activation: The name of the activation that it is, in linear_act_dropout.
+        fuses: What runs as one op, in words; empty if it is a layer.
+    """
+
+    natives: tuple = ()
+    method: str = "forward"
+    is_linear: bool = False
+    activation: str | None = None
+    fuses: str = ""
+
+    @classmethod
+    def fits(cls, module) -> bool:
+        """Whether the recipe gives what the module gives now.
+
+        By default if the method compiles to the same code as one of ``natives``.
+        """
+        own = getattr(type(module), cls.method, None)
+        return any(_same_code(own, native) for native in cls.natives)
+
+
+@functools.cache
+def derived(former: type, recipe: type[Recipe]) -> type:
+    """A class that is ``former`` but for one method; isinstance checks and its name hold."""
+    native, ours = getattr(former, recipe.method), recipe.ours
+
+    @functools.wraps(native)
+    def method(self, *args, **kwargs):
+        # By keyword the class's own runs, whose names they are.
+        result = NotImplemented if kwargs else ours(self, *args)
+        return native(self, *args, **kwargs) if result is NotImplemented else result
+
+    body = {"__module__": __name__, "__doc__": recipe.__doc__, "_made_of": (former, recipe)}
+    body |= {"__reduce_ex__": _reduce, recipe.method: method}
+    return type(former.__name__, (former,), body)
+
+
+def _reduce(module, protocol):
+    """For pickle: the class is made at run time, so it gets what that is made of."""
+    reduced = super(type(module), module).__reduce_ex__(max(protocol, 2))
+    return (_blank, type(module)._made_of, *reduced[2:])
+
+
+def _blank(former, recipe):
+    cls = derived(former, recipe)
+    return cls.__new__(cls)
+
+
+def recipe_of(module) -> type[Recipe] | None:
+    """The recipe of a module's class itself, not of what it derives from."""
+    made_of = type(module).__dict__.get("_made_of")
+    return None if made_of is None else made_of[1]
+
+
+def _same_code(f, g) -> bool:
+    """Whether two plain functions do the same, where global names that both have are the same."""
+    a, b = getattr(f, "__code__", None), g.__code__
+    if a is None or hasattr(f, "__wrapped__") or a.co_freevars or b.co_freevars:
+        return False
+    parts = ("co_code", "co_consts", "co_names", "co_argcount", "co_kwonlyargcount")
+    if any(getattr(a, part) != getattr(b, part) for part in parts):
+        return False
+    if (a.co_flags ^ b.co_flags) & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+        return False
+    if f.__defaults__ != g.__defaults__ or f.__kwdefaults__ != g.__kwdefaults__:
+        return False
+    ours = {n: g.__globals__[n] for n in b.co_names if n in g.__globals__}
+    return all(f.__globals__.get(n, getattr(builtins, n, None)) is v for n, v in ours.items())

@@ -1,0 +1,168 @@
+"""replace and restore."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from .. import nn
+from . import transformers
+from .classes import FORMER, derived
+from .recipes import RECIPES
+from .sequence import FusedSequential, fusable
+
+_CLASSES = {
+    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if hasattr(torch.nn, name)
+}
+
+
+def replace(model: torch.nn.Module) -> torch.nn.Module:
+    """Swap the layers of a model that :mod:`jacobian_ops.nn` has for ours, in place.
+
+    Of torch.nn only exact classes are swapped, never subclasses, nor SyncBatchNorm.  Of other
+    libraries: activations and linear layers of transformers and timm; RMSNorms and LayerNorms of
+    any, known by what they do; the MLPs of GPT-2, BERT, T5, ViT and the Llama family, timm's Mlp
+    and Attention, torch.nn's transformer layers, known by their code.  Where layers in a row are
+    known (Linear -> activation -> Dropout, Linear -> Dropout -> residual, activation times gate,
+    Softmax -> Dropout), they run as one op, unless one of them has hooks or was exchanged since.
+
+    A model of transformers gets ``attn_implementation="jacobian_ops"`` if it can take that of sdpa
+    and has it or eager, in its config, and its causal-LM loss runs on our cross_entropy.
+
+    Results are those of before to rounding; dropout draws other masks.
+    :func:`jacobian_ops.replacements` tells what was done and what was left, and why.
+
+    Args:
+        model: Any module; a bare layer too.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check(model, "replace")
+    modules = list(model.modules())
+    with _all_or_none(modules):
+        for m in modules:
+            cls = plan(m)
+            if isinstance(cls, type):
+                _become(m, cls)
+        for m in modules:
+            if _fuses(m):
+                _become(m, FusedSequential)
+            if transformers.is_model(m):
+                transformers.adopt(m)
+    return model
+
+
+def restore(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo :func:`replace`, in place.  Modules that were built as ours stay.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check(model, "restore")
+    modules = list(model.modules())
+    with _all_or_none(modules):
+        for m in modules:
+            if FORMER in m.__dict__:
+                _revert(m)
+            if transformers.is_model(m):
+                transformers.leave(m)
+    return model
+
+
+def plan(module: torch.nn.Module) -> type | str | None:
+    """The class that a layer gets; why it stays what it is; None if it is ours or none of a kind.
+
+    A Sequential is looked at when its children are ours.
+    """
+    cls = type(module)
+    if FORMER in module.__dict__ or cls.__module__.startswith("jacobian_ops"):
+        return None
+    if "forward" in module.__dict__:
+        return "it has a forward of its own"
+    if parametrize.is_parametrized(module):
+        return "it was parametrized before"
+    if cls in _CLASSES:
+        return _CLASSES[cls]
+    recipe = next((recipe for recipe in RECIPES if recipe.fits(module)), None)
+    if recipe is not None:
+        return derived(cls, recipe)
+    if isinstance(module, LazyModuleMixin):
+        return "it has no parameters yet"
+    known = next((base for base in cls.__mro__ if base in _CLASSES), None)
+    if known is not None:
+        return f"a subclass of {known.__name__}, which may do something else"
+    if module._modules and not module._parameters:
+        return None
+    return "there is no op of ours for it"
+
+
+def _fuses(module) -> bool:
+    if type(module) is not torch.nn.Sequential or "forward" in module.__dict__:
+        return False
+    children = list(module)
+    return any(fusable(children, i) for i in range(len(children)))
+
+
+def _check(model, function):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _become(module, cls):
+    former = module.__class__
+    module.__class__ = cls
+    module.__dict__[FORMER] = former
+
+
+def _revert(module):
+    former, cls = module.__dict__[FORMER], type(module)
+    if not _is_ours(cls, former):
+        if not (parametrize.is_parametrized(module) and _is_ours(cls.__bases__[0], former)):
+            return  # another class since, which is not for us to undo
+        # A parametrized module has a class of its own, derived from ours.
+        body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        former = type(cls.__name__, (former,), body)
+    module.__class__ = former
+    del module.__dict__[FORMER]
+
+
+def _is_ours(cls, former) -> bool:
+    """Whether ``cls`` is what ``former`` becomes."""
+    if cls is _CLASSES.get(former) or former is torch.nn.Sequential and cls is FusedSequential:
+        return True
+    return cls.__dict__.get("_made_of", (None,))[0] is former
+
+
+@contextlib.contextmanager
+def _all_or_none(modules):
+    """Give the modules their classes back when the body fails."""
+    kept = FORMER, transformers.SETTINGS
+    before = [(m, m.__class__, {k: m.__dict__.get(k) for k in kept}) for m in modules]
+    try:
+        yield
+    except BaseException:
+        for m, cls, attributes in before:
+            if transformers.is_model(m):
+                if attributes[transformers.SETTINGS] is None:
+                    transformers.leave(m)
+                else:
+                    transformers.adopt(m)
+            m.__class__ = cls
+            for name, value in attributes.items():
+                m.__dict__.pop(name, None)
+                if value is not None:
+                    m.__dict__[name] = value
+        raise
