@@ -26,7 +26,8 @@ class MyLinear(nn.Linear):
 
 
 class MySequential(nn.Sequential):
-    pass
+    def forward(self, x):
+        return super().forward(x)
 
 
 class Block(nn.Module):

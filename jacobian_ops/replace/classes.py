@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import builtins
+import dis
 import functools
 import inspect
 
@@ -75,16 +77,34 @@ def recipe_of(module) -> type[Recipe] | None:
 
 
 def _same_code(f, g) -> bool:
-    """Whether two plain functions do the same, where global names that both have are the same."""
+    """Whether two plain functions do the same; what is None under a global name is any."""
     a, b = getattr(f, "__code__", None), g.__code__
     if a is None or hasattr(f, "__wrapped__") or a.co_freevars or b.co_freevars:
         return False
-    parts = ("co_code", "co_consts", "co_names", "co_argcount", "co_kwonlyargcount")
-    if any(getattr(a, part) != getattr(b, part) for part in parts):
+    variadic = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    if (a.co_argcount, a.co_kwonlyargcount) != (b.co_argcount, b.co_kwonlyargcount):
         return False
-    if (a.co_flags ^ b.co_flags) & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+    if (a.co_flags ^ b.co_flags) & variadic or _instructions(a) != _instructions(b):
         return False
     if f.__defaults__ != g.__defaults__ or f.__kwdefaults__ != g.__kwdefaults__:
         return False
-    ours = {n: g.__globals__[n] for n in b.co_names if n in g.__globals__}
-    return all(f.__globals__.get(n, getattr(builtins, n, None)) is v for n, v in ours.items())
+    names = {i.argval for i in dis.get_instructions(b) if i.opname == "LOAD_GLOBAL"}
+    return all(_global(f, n) is _global(g, n) for n in names if _global(g, n) is not None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _instructions(code) -> tuple:
+    """What it runs, however it was broken into lines and whatever its local variables' names."""
+    kept = [i for i in dis.get_instructions(code) if i.opname not in ("NOP", "EXTENDED_ARG")]
+    offsets = [i.offset for i in kept]
+
+    def argument(i):
+        if i.opcode in dis.hasjrel or i.opcode in dis.hasjabs:
+            return bisect.bisect_left(offsets, i.argval)
+        return i.arg if "FAST" in i.opname else (type(i.argval), i.argval)
+
+    return tuple((i.opname, argument(i)) for i in kept)
+
+
+def _global(f, name):
+    return f.__globals__.get(name, getattr(builtins, name, None))

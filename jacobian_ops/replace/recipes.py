@@ -10,14 +10,12 @@ import copy
 import inspect
 
 import torch
-import torch.nn.functional as torch_functional
+import torch.nn.functional as F  # the name that the code of others has for it
 from torch import Tensor
 
 from .. import functional as ops
 from .classes import Recipe
 from .sequence import gated, run
-
-F = torch_functional  # under the name that the others import it by
 
 # ------------------------------------------------------------------------------------ activations
 
@@ -54,12 +52,12 @@ class Activation(Recipe):
         names = _NAMES.get(type(module).__module__, {})
         if names.get(type(module).__name__) != cls.activation or getattr(module, "inplace", False):
             return False
-        x = torch.linspace(-20, 20, 801, dtype=torch.float64)
+        x = torch.linspace(-20, 20, 801, dtype=torch.float64, device="cpu")
         want = cls.function(x)
         return torch.allclose(type(module).forward(module, x), want, rtol=1e-13, atol=1e-14)
 
     @classmethod
-    def ours(cls, module, input: Tensor) -> Tensor:
+    def ours(cls, m, input: Tensor) -> Tensor:
         """Apply it."""
         return cls.function(input)
 
@@ -119,16 +117,16 @@ class _Norm(Recipe):
 
     @classmethod
     def _agrees(cls, module, own, size) -> bool:
-        random = torch.Generator().manual_seed(0)
+        random, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
         probe = copy.copy(module)
         probe.__dict__ = dict(module.__dict__)
         for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 2**-6)):
-            drawn = {k: torch.randn(size, generator=random).to(dtype) for k in own}
+            drawn = {k: torch.randn(size, generator=random, device=cpu).to(dtype) for k in own}
             probe._parameters = {k: drawn.get(k) for k in module._parameters}
             for training in (True, False):
                 probe.training = training
                 for shape, scale in (((4, size), 1.0), ((2, 3, size), 1e-3), ((4, size), 100.0)):
-                    x = (scale * torch.randn(shape, generator=random)).to(dtype)
+                    x = (scale * torch.randn(shape, generator=random, device=cpu)).to(dtype)
                     with torch.no_grad():
                         got = type(module).forward(probe, x)
                         want = cls.compute(probe, x)
@@ -138,12 +136,12 @@ class _Norm(Recipe):
         return True
 
     @classmethod
-    def ours(cls, module, x: Tensor) -> Tensor:
+    def ours(cls, m, x: Tensor) -> Tensor:
         """Apply it; other dtypes than the weight's run as they did, as results have another."""
-        weight = _weight(module)
+        weight = _weight(m)
         if weight is not None and x.dtype is not weight.dtype:
             return NotImplemented
-        return cls.compute(module, x)
+        return cls.compute(m, x)
 
 
 def _weight(norm) -> Tensor | None:
@@ -183,7 +181,36 @@ class LayerNorm(_Norm):
     @staticmethod
     def compute(norm, x):
         """What it does."""
-        return ops.layer_norm(x, x.shape[-1:], _weight(norm), getattr(norm, "bias", None), _eps(norm))
+        return ops.layer_norm(
+            x, x.shape[-1:], _weight(norm), getattr(norm, "bias", None), _eps(norm)
+        )
+
+
+fast_layer_norm = None  # timm's, whatever it is: where it is called its own forward runs
+
+
+class ChannelLayerNorm(Recipe):
+    """timm's LayerNorm of the channels of images (N, C, H, W)."""
+
+    def _native(self, x):
+        x = x.permute(0, 2, 3, 1)
+        if self._fast_norm:
+            x = fast_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        else:
+            x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        x = x.permute(0, 3, 1, 2)
+        return x
+
+    natives = (_native,)
+
+    @staticmethod
+    def ours(m, x: Tensor) -> Tensor:
+        """Apply it."""
+        if m._fast_norm:
+            return NotImplemented
+        x = x.permute(0, 2, 3, 1)
+        y = ops.layer_norm(x, m.normalized_shape, m.weight, m.bias, m.eps)
+        return y.permute(0, 3, 1, 2)
 
 
 # ----------------------------------------------------------------------------------- linear layers
@@ -203,12 +230,32 @@ class Conv1D(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """``x W + b``."""
-        return ops.linear(x, module.weight.t(), module.bias)
+        return ops.linear(x, m.weight.t(), m.bias)
 
 
 # ------------------------------------------------------------------------------------------ blocks
+
+
+class Row(Recipe):
+    """A subclass of Sequential that runs its children in order, as it does."""
+
+    fuses = "layers in a row"
+
+    @classmethod
+    def fits(cls, module):
+        """Whether it inherits all that running is made of."""
+        own = type(module)
+        return isinstance(module, torch.nn.Sequential) and all(
+            getattr(own, name) is getattr(torch.nn.Sequential, name)
+            for name in ("forward", "__iter__", "__call__")
+        )
+
+    @staticmethod
+    def ours(m, x):
+        """Run the children, some of them as one op."""
+        return run(list(m._modules.values()), x)
 
 
 class DenseAct(Recipe):
@@ -224,9 +271,9 @@ class DenseAct(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, some of them as one op."""
-        return run((module.dense, module.intermediate_act_fn), x)
+        return run((m.dense, m.intermediate_act_fn), x)
 
 
 class DenseActNorm(Recipe):
@@ -243,9 +290,9 @@ class DenseActNorm(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, some of them as one op."""
-        return run((module.dense, module.transform_act_fn, module.LayerNorm), x)
+        return run((m.dense, m.transform_act_fn, m.LayerNorm), x)
 
 
 class DenseDropoutAddNorm(Recipe):
@@ -262,9 +309,9 @@ class DenseDropoutAddNorm(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor, residual: Tensor) -> Tensor:
+    def ours(m, x: Tensor, residual: Tensor) -> Tensor:
         """Run its layers, the first two and the residual as one op."""
-        return module.LayerNorm(run((module.dense, module.dropout), x, residual))
+        return m.LayerNorm(run((m.dense, m.dropout), x, residual))
 
 
 class ConvMLP(Recipe):
@@ -282,9 +329,9 @@ class ConvMLP(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, some of them as one op."""
-        return run((module.c_fc, module.act, module.c_proj, module.dropout), x)
+        return run((m.c_fc, m.act, m.c_proj, m.dropout), x)
 
 
 class MLP(Recipe):
@@ -301,9 +348,9 @@ class MLP(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, some of them as one op."""
-        return run((module.fc1, module.activation_fn, module.fc2), x)
+        return run((m.fc1, m.activation_fn, m.fc2), x)
 
 
 class DropoutMLP(Recipe):
@@ -323,9 +370,9 @@ class DropoutMLP(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, some of them as one op."""
-        return run((module.fc1, module.act, module.drop1, module.norm, module.fc2, module.drop2), x)
+        return run((m.fc1, m.act, m.drop1, m.norm, m.fc2, m.drop2), x)
 
 
 class GatedMLP(Recipe):
@@ -343,9 +390,9 @@ class GatedMLP(Recipe):
     natives = (_named, _plain)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, the activation and the product as one op."""
-        return module.down_proj(gated(module.act_fn, module.gate_proj(x), module.up_proj(x)))
+        return m.down_proj(gated(m.act_fn, m.gate_proj(x), m.up_proj(x)))
 
 
 class PackedGatedMLP(Recipe):
@@ -364,9 +411,9 @@ class PackedGatedMLP(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, the activation and the product as one op."""
-        return module.down_proj(gated(module.activation_fn, *module.gate_up_proj(x).chunk(2, dim=-1)))
+        return m.down_proj(gated(m.activation_fn, *m.gate_up_proj(x).chunk(2, dim=-1)))
 
 
 class T5MLP(Recipe):
@@ -390,9 +437,9 @@ class T5MLP(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, the first three as one op."""
-        return module.wo(_as_weight(run((module.wi, module.act, module.dropout), x), module.wo.weight))
+        return m.wo(_as_weight(run((m.wi, m.act, m.dropout), x), m.wo.weight))
 
 
 class T5GatedMLP(Recipe):
@@ -418,10 +465,10 @@ class T5GatedMLP(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, the activation and the product as one op."""
-        y = module.dropout(gated(module.act, module.wi_0(x), module.wi_1(x)))
-        return module.wo(_as_weight(y, module.wo.weight))
+        y = m.dropout(gated(m.act, m.wi_0(x), m.wi_1(x)))
+        return m.wo(_as_weight(y, m.wo.weight))
 
 
 def _as_weight(x, weight):
@@ -430,7 +477,7 @@ def _as_weight(x, weight):
     return x.to(weight.dtype) if cast else x
 
 
-# timm's, which the code below names and never calls.
+# timm's functions, whatever they are: where they are called its own forward runs.
 resolve_self_attn_mask = maybe_add_mask = None
 
 
@@ -475,21 +522,19 @@ class Attention(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def ours(m, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend in tiles, with masks as scaled_dot_product_attention takes them."""
-        if not module.fused_attn:
+        if not m.fused_attn:
             # Its own softmax, under hooks and dropout of its own.
             return NotImplemented
-        qkv = module.qkv(x).unflatten(-1, (3, module.num_heads, module.head_dim))
+        qkv = m.qkv(x).unflatten(-1, (3, m.num_heads, m.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        p = module.attn_drop.p if module.training else 0.0
-        y = ops.scaled_dot_product_attention(
-            module.q_norm(q), module.k_norm(k), v, attn_mask, p, is_causal
-        )
-        y = module.norm(y.transpose(1, 2).flatten(2))
-        if module.gate is not None:
-            y = y * module.gate(x).sigmoid()
-        return run((module.proj, module.proj_drop), y)
+        p = m.attn_drop.p if m.training else 0.0
+        y = ops.scaled_dot_product_attention(m.q_norm(q), m.k_norm(k), v, attn_mask, p, is_causal)
+        y = m.norm(y.transpose(1, 2).flatten(2))
+        if m.gate is not None:
+            y = y * m.gate(x).sigmoid()
+        return run((m.proj, m.proj_drop), y)
 
 
 class EncoderLayer(Recipe):
@@ -505,9 +550,9 @@ class EncoderLayer(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, some of them as one op."""
-        return run((module.linear1, module.activation, module.dropout, module.linear2, module.dropout2), x)
+        return run((m.linear1, m.activation, m.dropout, m.linear2, m.dropout2), x)
 
 
 class DecoderLayer(Recipe):
@@ -523,15 +568,15 @@ class DecoderLayer(Recipe):
     natives = (_native,)
 
     @staticmethod
-    def ours(module, x: Tensor) -> Tensor:
+    def ours(m, x: Tensor) -> Tensor:
         """Run its layers, some of them as one op."""
-        return run((module.linear1, module.activation, module.dropout, module.linear2, module.dropout3), x)
+        return run((m.linear1, m.activation, m.dropout, m.linear2, m.dropout3), x)
 
 
 # In the order in which they are tried: what is only compared before what is called.
 RECIPES: tuple[type[Recipe], ...] = (
     *(Conv1D, DenseAct, DenseActNorm, DenseDropoutAddNorm, ConvMLP, MLP, DropoutMLP, GatedMLP),
-    *(PackedGatedMLP, T5MLP, T5GatedMLP, Attention, EncoderLayer, DecoderLayer),
+    *(PackedGatedMLP, T5MLP, T5GatedMLP, Attention, EncoderLayer, DecoderLayer, ChannelLayerNorm),
     *(Gelu, GeluTanh, Silu, Mish, Sigmoid, Tanh, Hardswish, Hardsigmoid),
     *(RMSNorm, OffsetRMSNorm, LayerNorm),
 )

@@ -11,18 +11,20 @@ from torch.nn.utils import parametrize
 from .. import nn
 from . import transformers
 from .classes import FORMER, derived
-from .recipes import RECIPES
+from .recipes import RECIPES, Row
 from .sequence import FusedSequential, fusable
 
 _CLASSES = {
     getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if hasattr(torch.nn, name)
 }
+_FUSED = {torch.nn.Sequential: FusedSequential}
 
 
 def replace(model: torch.nn.Module) -> torch.nn.Module:
     """Swap the layers of a model that :mod:`jacobian_ops.nn` has for ours, in place.
 
-    Of torch.nn only exact classes are swapped, never subclasses, nor SyncBatchNorm.  Of other
+    Of torch.nn only exact classes are swapped, never subclasses, nor SyncBatchNorm, but for
+    subclasses of Sequential that run as it does.  Of other
     libraries: activations and linear layers of transformers and timm; RMSNorms and LayerNorms of
     any, known by what they do; the MLPs of GPT-2, BERT, T5, ViT and the Llama family, timm's Mlp
     and Attention, torch.nn's transformer layers, known by their code.  Where layers in a row are
@@ -53,7 +55,7 @@ def replace(model: torch.nn.Module) -> torch.nn.Module:
                 _become(m, cls)
         for m in modules:
             if _fuses(m):
-                _become(m, FusedSequential)
+                _become(m, _FUSED.get(type(m)) or derived(type(m), Row))
             if transformers.is_model(m):
                 transformers.adopt(m)
     return model
@@ -104,13 +106,14 @@ def plan(module: torch.nn.Module) -> type | str | None:
     known = next((base for base in cls.__mro__ if base in _CLASSES), None)
     if known is not None:
         return f"a subclass of {known.__name__}, which may do something else"
-    if module._modules and not module._parameters:
+    if module._modules or cls is torch.nn.Identity:
         return None
     return "there is no op of ours for it"
 
 
 def _fuses(module) -> bool:
-    if type(module) is not torch.nn.Sequential or "forward" in module.__dict__:
+    """Whether it is a Sequential whose children are ours, some to run as one op."""
+    if FORMER in module.__dict__ or "forward" in module.__dict__ or not Row.fits(module):
         return False
     children = list(module)
     return any(fusable(children, i) for i in range(len(children)))
@@ -141,7 +144,7 @@ def _revert(module):
 
 def _is_ours(cls, former) -> bool:
     """Whether ``cls`` is what ``former`` becomes."""
-    if cls is _CLASSES.get(former) or former is torch.nn.Sequential and cls is FusedSequential:
+    if cls is (_CLASSES | _FUSED).get(former):
         return True
     return cls.__dict__.get("_made_of", (None,))[0] is former
 

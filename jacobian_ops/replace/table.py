@@ -11,7 +11,7 @@ import torch
 
 from . import swap, transformers
 from .classes import FORMER, recipe_of
-from .sequence import FusedSequential, activation_name, fusable
+from .sequence import activation_name, fusable
 
 
 @dataclasses.dataclass
@@ -152,7 +152,7 @@ def _rows(name, module):
             yield Replacement(name, kind, action, detail, 0)
     if FORMER in module.__dict__:
         recipe = recipe_of(module)
-        if isinstance(module, FusedSequential):
+        if isinstance(module, torch.nn.Sequential):
             yield Replacement(name, kind, "fused", _fused(list(module)), parameters)
         elif recipe is not None and recipe.fuses:
             yield Replacement(name, kind, "fused", recipe.fuses, parameters)

@@ -174,9 +174,16 @@ def settings(model) -> list[tuple[str, str]]:
 def has_known_loss(model) -> bool:
     """Whether its loss is that of transformers' causal language models."""
     losses = sys.modules.get("transformers.loss.loss_utils")
-    if losses is None or getattr(model, "loss_type", None) != "ForCausalLM":
+    if losses is None:
         return False
-    return model.loss_function is losses.ForCausalLMLoss
+    # GPT-2's model has no type of loss, and this by default.
+    default = type(model).__name__.endswith("LMHeadModel") and "_loss_function" not in vars(model)
+    if default and getattr(model, "loss_type", None) is None:
+        return losses.LOSS_MAPPING.get("ForCausalLM") is losses.ForCausalLMLoss
+    return (
+        getattr(model, "loss_type", None) == "ForCausalLM"
+        and model.loss_function is losses.ForCausalLMLoss
+    )
 
 
 def causal_lm_cross_entropy(
@@ -258,8 +265,8 @@ def causal_lm_loss(
         )
     if not _ends_in_head(model, head):
         raise TypeError(
-            f"{op}: the logits of {type(model).__name__} are not those of its head; allowed: models "
-            "that return what the head gives"
+            f"{op}: the logits of {type(model).__name__} are not those of its head; allowed: a "
+            "model that returns what its head gives"
         )
     hidden = model.base_model(**inputs).last_hidden_state
     loss = F.linear_cross_entropy(
