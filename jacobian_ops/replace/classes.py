@@ -47,11 +47,18 @@ class Recipe:
 def derived(former: type, recipe: type[Recipe]) -> type:
     """A class that is ``former`` but for one method; isinstance checks and its name hold."""
     native, ours = getattr(former, recipe.method), recipe.ours
+    parameters = list(inspect.signature(native).parameters.values())[1:]
+    names = [p.name for p in parameters]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
     @functools.wraps(native)
     def method(self, *args, **kwargs):
-        # By keyword the class's own runs, whose names they are.
-        result = NotImplemented if kwargs else ours(self, *args)
+        given, named = args, dict(kwargs)
+        for name in names[len(args) :]:  # ours has other names, in the same order
+            if not named or name not in named and name not in defaults:
+                break
+            given = (*given, named.pop(name, defaults.get(name)))
+        result = NotImplemented if named else ours(self, *given)
         return native(self, *args, **kwargs) if result is NotImplemented else result
 
     body = {"__module__": __name__, "__doc__": recipe.__doc__, "_made_of": (former, recipe)}
