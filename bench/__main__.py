@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import checkpoint, compare, limits, measure, modes, providers, report
+from . import checkpoint, compare, limits, measure, models, modes, providers, report
 from .cases import CASES
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "row is checked against float64 first.  Lists are separated by commas.",
         epilog="python -m bench limits: each op against its target and the machine's limit.  "
         "python -m bench checkpoint: memory against recomputation, by depth.  "
+        "python -m bench models: training steps of whole models.  "
         "python -m bench compare OLD NEW: what got slower between two --json files.  "
         "python -m bench markdown FILE: the table of one.",
     )
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    for command in (checkpoint, compare, limits):
+    for command in (checkpoint, compare, limits, models):
         if arguments[:1] == [command.__name__.split(".")[-1]]:
             return command.main(arguments[1:])
     if arguments[:1] == ["markdown"] and len(arguments) == 2:

@@ -122,10 +122,10 @@ def why_not_attention(model) -> str | None:
         return "this transformers has no attention interface"
     if current not in ("eager", "sdpa", NAME):
         return f"attn_implementation is {current!r}"
-    if not (getattr(model, "_supports_sdpa", False) and model._can_set_attn_implementation()):
-        return "the model takes no attention of the kind of sdpa"
     if getattr(model.config, "attn_logit_softcapping", None) is not None:
         return "attn_logit_softcapping caps the scores"
+    if not (getattr(model, "_supports_sdpa", False) and model._can_set_attn_implementation()):
+        return "the model takes no attention of the kind of sdpa"
     if getattr(model.config, "output_attentions", False):
         return "output_attentions wants the weights"
     if getattr(model.config, "reorder_and_upcast_attn", False) and current == "eager":
@@ -135,8 +135,7 @@ def why_not_attention(model) -> str | None:
 
 def adopt(model) -> None:
     """Give a model our attention and its causal-LM loss on our cross_entropy."""
-    former = {}
-    config = model.config
+    former, config = _Former(), model.config
     if why_not_attention(model) is None and config._attn_implementation != NAME:
         register_transformers()
         former["attention"] = config._attn_implementation
@@ -146,6 +145,19 @@ def adopt(model) -> None:
         model._loss_function = causal_lm_cross_entropy
     if former:
         model.__dict__[SETTINGS] = former
+
+
+class _Former(dict):
+    """What a model had; a process that loads it knows our attention, too."""
+
+    def __reduce__(self):
+        return _loaded, (dict(self),)
+
+
+def _loaded(former):
+    if "attention" in former:
+        register_transformers()
+    return _Former(former)
 
 
 def leave(model) -> None:
@@ -281,17 +293,27 @@ _KNOWN_TO_END_IN_HEAD = weakref.WeakKeyDictionary()
 
 
 def _ends_in_head(model, head) -> bool:
-    """Whether the logits are what the head makes of the last hidden states; found out once."""
+    """Whether the head gets the last hidden states and its result is the logits; found out once."""
     if model not in _KNOWN_TO_END_IN_HEAD:
-        flags = {m: m.training for m in model.modules()}
+        flags, inputs, results = {m: m.training for m in model.modules()}, [], []
+
+        def hook(module, args, logits):
+            inputs.append(args[0])
+            results.append(torch.linspace(-99, 99, logits.numel()).to(logits).view_as(logits))
+            return results[0]
+
+        ids = torch.arange(min(4, head.weight.shape[0]), device=head.weight.device)[None]
         model.eval()
+        handle = head.register_forward_hook(hook)
         try:
             with torch.no_grad():
-                token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
-                logits = model(input_ids=token).logits
-                same = torch.allclose(logits, head(model.base_model(token).last_hidden_state))
+                logits = model(input_ids=ids).logits
+                hidden = model.base_model(ids).last_hidden_state
         finally:
+            handle.remove()
             for m, training in flags.items():
                 m.training = training
+        same = len(results) == 1 and torch.equal(logits.to(results[0].dtype), results[0])
+        same = same and hidden.shape == inputs[0].shape and torch.allclose(hidden, inputs[0])
         _KNOWN_TO_END_IN_HEAD[model] = same
     return _KNOWN_TO_END_IN_HEAD[model]
