@@ -26,7 +26,7 @@ CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu*' 'example
   'tests/cuda_on_host/*.h' 'tests/cuda_on_host/*.cpp' 'tests/cuda_on_host/*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo examples test test-cuda-on-host sanitize-cuda-on-host cuda-gate bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
+.PHONY: help build demo examples test test-models test-cuda-on-host sanitize-cuda-on-host cuda-gate bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.14.1] [VENV=.venv] [CUDA=1]"
@@ -76,6 +76,14 @@ test: $(BUILT)  ## run the tests, with and without what is left to torch
 	JACOBIAN_OPS_NATIVE_BELOW=32768 JACOBIAN_OPS_GEMM=auto \
 	$(PYTEST) $(WITHOUT_TORCH) || status=1; \
 	exit $$status
+
+# On models of transformers, timm and torchvision, which the other tests do not need.
+$(VENV)/.models: $(BUILT) pyproject.toml
+	$(PY) scripts/environment.py $(VENV) --extra models
+	@touch $@
+
+test-models: $(VENV)/.models  ## run the tests of whole models, and of docs/use_with.md
+	OMP_NUM_THREADS=1 $(PYTEST) tests/test_models.py tests/test_use_with.py
 
 # The CUDA kernels without a GPU: compiled for the host, a fiber for every thread
 # (tests/cuda_on_host/README.md), and sent every CPU tensor of the suite.

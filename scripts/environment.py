@@ -86,20 +86,30 @@ def install_torch(python: Path, requirement: str) -> None:
     run(python, "-m", "pip", "install", "--quiet", requirement)
 
 
-def requirements() -> list[str]:
-    """What pyproject.toml asks for: to build, to run, and all the extras."""
+def requirements(extra: str = "") -> list[str]:
+    """What pyproject.toml asks for: to build, to run, and the usual extras; or one extra alone."""
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
         from pip._vendor import tomli as tomllib
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
+    if extra:
+        return extras[extra]
     listed = project["build-system"]["requires"] + project["project"]["dependencies"]
     return listed + [requirement for name in EXTRAS for requirement in extras[name]]
 
 
+def install_extra(python: Path, extra: str) -> None:
+    """Install one more extra beside the torch that is there, which torchvision's must fit."""
+    code = "from importlib.metadata import version; print(version('torch').split('+')[0])"
+    torch = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    fixed = f"torch=={torch.stdout.strip()}"
+    run(python, "-m", "pip", "install", "--quiet", *cpu_index(), fixed, *requirements(extra))
+
+
 def main() -> None:
-    """Command line: the environment's folder and, if wanted, a torch requirement."""
+    """Command line: the environment's folder and, if wanted, a torch requirement or an extra."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("venv", type=Path)
     parser.add_argument(
@@ -107,12 +117,18 @@ def main() -> None:
         default="",
         help=f"requirement for pip; by default {DEFAULT_TORCH}, or any torch already there",
     )
+    parser.add_argument(
+        "--extra", default="", help="install only this extra into a complete folder"
+    )
     options = parser.parse_args()
     if sys.version_info < (3, 10):  # noqa: UP036  this script may meet an older one
         sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: set PYTHON=")
 
     venv = options.venv.absolute()
     python = python_of(venv)
+    if options.extra:
+        install_extra(python, options.extra)
+        return
     make_venv(venv)
     if options.torch:
         install_torch(python, options.torch)
