@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib.util
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -27,9 +28,9 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.not_on_host]
 if not all(map(importlib.util.find_spec, ("transformers", "timm", "torchvision"))):
     pytest.skip("needs the extra `models`", allow_module_level=True)
 
-from bench.models import import_transformers  # noqa: E402
+import bench.models as bench_models  # noqa: E402
 
-transformers = import_transformers()
+transformers = bench_models.import_transformers()
 import timm  # noqa: E402
 import torchvision  # noqa: E402
 
@@ -465,6 +466,30 @@ def test_autocast(name):
         (want, want_loss), (got, loss) = run(native, inputs), run(ours, inputs)
     assert got.dtype is want.dtype and loss.dtype is want_loss.dtype
     assert (got - exact).norm() <= 1.5 * (want - exact).norm() + 2**-9 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_gradient_checkpointing(name):
+    native, ours, inputs = built(name)
+    want = gradients(native, run(native, inputs)[1])
+    ours.gradient_checkpointing_enable()
+    close(gradients(ours, run(ours, inputs)[1]), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "timm vit"])
+def test_compiles_without_a_graph_break(name):
+    _, ours, inputs = built(name)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    assert torch._dynamo.explain(ours)(*args, **kwargs).graph_break_count == 0
+
+
+def test_bench(tmp_path, capsys):
+    options = ["--quick", "--model", "BERT-base", "--dtype", "float32", "--rounds", "1"]
+    assert bench_models.main([*options, "--output", str(tmp_path)]) == 0
+    eager, ours = json.loads((tmp_path / "models.json").read_text())["rows"]
+    assert (eager["provider"], ours["provider"]) == ("eager", "jacobian_ops")
+    assert 0 < ours["kept_bytes"] < eager["kept_bytes"] and ours["median"] > 0
+    assert "BERT-base" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------ norms

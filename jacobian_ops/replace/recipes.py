@@ -82,7 +82,11 @@ _EPS = ("variance_epsilon", "eps", "epsilon")
 
 
 def _eps(module) -> float | None:
-    return next((getattr(module, name) for name in _EPS if name in module.__dict__), None)
+    state = module.__dict__
+    for name in _EPS:
+        if name in state:
+            return state[name]
+    return None
 
 
 class _Norm(Recipe):
