@@ -476,7 +476,7 @@ def test_gradient_checkpointing(name):
     close(gradients(ours, run(ours, inputs)[1]), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "timm vit"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "timm vit"])
 def test_compiles_without_a_graph_break(name):
     _, ours, inputs = built(name)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})

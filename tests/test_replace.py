@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import jacobian_ops.functional as J
 import jacobian_ops.nn as jnn
-from jacobian_ops import replace, restore
+from jacobian_ops import replace, replacements, restore
 from jacobian_ops.replace import FusedSequential
 
 MODULE = importlib.import_module("jacobian_ops.replace.swap")  # the function hides the package
@@ -146,6 +146,94 @@ def test_exact_classes_only():
     ]
     assert not isinstance(model[1], FusedSequential)
     assert classes(restore(model)) == before
+
+
+def test_what_is_left_is_listed_with_the_reason():
+    class Quantized(nn.Parameter):
+        pass
+
+    model = nn.ModuleDict(
+        dict(
+            linear=nn.Linear(64, 64),
+            own=nn.ReLU(),
+            subclass=MyLinear(64, 64),
+            quantized=nn.Linear(64, 64),
+            lazy=nn.LazyLinear(3),
+            conv=nn.Conv2d(1, 1, 1),
+            parametrized=weight_norm(nn.Linear(64, 64)),
+            row=row(nn.GELU(), nn.Dropout(0.0)),
+            nothing=nn.Identity(),
+        )
+    )
+    model["own"].forward = torch.sin
+    model["quantized"].weight = Quantized(torch.ones(64, 64))
+    rows = {r.name: r for r in replacements(replace(model)).layers}
+    left = {name: r.detail for name, r in rows.items() if r.action == "left"}
+    assert left == {
+        "own": "it has a forward of its own",
+        "subclass": "a subclass of Linear, which may do something else",
+        "quantized": "its weight is of class Quantized, which our ops do not know",
+        "lazy": "it has no parameters yet",
+        "conv": "there is no op of ours for it",
+        "parametrized": "it was parametrized before",
+        "parametrized.parametrizations.weight.0": "there is no op of ours for it",
+    }
+    assert rows["row"].action == "fused" and rows["row"].detail == "linear, activation, dropout"
+    assert rows["linear"].action == "swapped" and rows["linear"].parameters == 64 * 65
+    assert "nothing" not in rows
+    assert type(model["quantized"]) is nn.Linear
+    model["late"] = nn.Tanh()
+    assert replacements(model).layers[-1].detail == "it came after replace"
+    with pytest.raises(TypeError, match="^replacements: model must be a torch.nn.Module, got int$"):
+        replacements(3)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_saved_bytes_of_replacements(training):
+    model = replace(mlp(0.5).train(training))
+    x, before = x_of(), [p.clone() for p in model.parameters()]
+    result = replacements(model, x)
+    assert result.layers[0].name == "model" and result.layers[0].action == "fused"
+    assert 0 < result.saved_bytes <= result.native_saved_bytes
+    if training:
+        assert result.saved_bytes < result.native_saved_bytes
+    assert all(map(torch.equal, model.parameters(), before))
+    assert "linear, activation, dropout; linear, activation" in str(result)
+
+
+def test_linear_and_dropout_that_drops_are_one(fused):
+    native, ours = twins(nn.Sequential(nn.Linear(64, 66), nn.Dropout(0.25), nn.ReLU()))
+    ours, x = replace(ours), x_of()
+    y = ours(x)
+    assert fused == ["identity"]
+    kept, want = y != 0, native.eval()(x) / 0.75
+    torch.testing.assert_close(y, torch.where(kept, want, 0 * want))
+    del fused[:]
+    same(native, ours.eval(), x)
+    assert not fused
+
+
+def test_subclass_of_sequential_that_runs_as_it_does(fused):
+    class Row(nn.Sequential):
+        def depth(self):
+            return len(self)
+
+    native, ours = twins(Row(*mlp()))
+    assert isinstance(ours, Row) and type(ours) is not Row and ours.depth() == 8
+    same(native, ours, x_of())
+    assert fused == ["gelu", "tanh", "softmax"]
+    assert type(restore(ours)) is Row
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_transformer_decoder_layer(norm_first, fused):
+    native, ours = twins(
+        nn.TransformerDecoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=norm_first)
+    )
+    x, memory = torch.randn(2, 6, 30, 32).unbind()
+    torch.testing.assert_close(ours(x, memory=memory), native(x, memory))
+    assert fused == ["relu"]
+    assert type(restore(ours)) is nn.TransformerDecoderLayer
 
 
 def test_nested():

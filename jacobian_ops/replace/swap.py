@@ -17,6 +17,8 @@ from .sequence import FusedSequential, fusable
 _CLASSES = {
     getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if hasattr(torch.nn, name)
 }
+# Quantized layers have parameters of other classes.
+_TENSORS = ("Parameter", "Tensor", "Buffer", "DTensor", "UninitializedParameter")
 _FUSED = {torch.nn.Sequential: FusedSequential}
 
 
@@ -96,6 +98,9 @@ def plan(module: torch.nn.Module) -> type | str | None:
         return "it has a forward of its own"
     if parametrize.is_parametrized(module):
         return "it was parametrized before"
+    for name, p in module._parameters.items():
+        if p is not None and type(p).__name__ not in _TENSORS:
+            return f"its {name} is of class {type(p).__name__}, which our ops do not know"
     if cls in _CLASSES:
         return _CLASSES[cls]
     recipe = next((recipe for recipe in RECIPES if recipe.fits(module)), None)

@@ -122,7 +122,7 @@ def replacements(model: torch.nn.Module, *args, **kwargs) -> Replacements:
             f"replacements: model must be a torch.nn.Module, got {type(model).__name__}"
         )
     rows = [row for name, m in model.named_modules() for row in _rows(name or "model", m)]
-    result = Replacements(rows, sum(p.numel() for p in model.parameters()))
+    result = Replacements(rows, _count(model.parameters()))
     if args or kwargs:
         kept = _saved(copy.deepcopy(model), args, kwargs)
         before = _saved(swap.restore(copy.deepcopy(model)), args, kwargs)
@@ -144,9 +144,13 @@ def replacements(model: torch.nn.Module, *args, **kwargs) -> Replacements:
     return result
 
 
+def _count(parameters) -> int:
+    return sum(p.numel() for p in parameters if not torch.nn.parameter.is_lazy(p))
+
+
 def _rows(name, module):
     kind = module.__dict__.get(FORMER, type(module)).__name__
-    parameters = sum(p.numel() for p in module.parameters(recurse=False))
+    parameters = _count(module.parameters(recurse=False))
     if transformers.is_model(module):
         for action, detail in transformers.settings(module):
             yield Replacement(name, kind, action, detail, 0)
