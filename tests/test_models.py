@@ -379,6 +379,22 @@ def test_tied_weights_stay_tied():
     assert ours.lm_head.weight.grad is ours.transformer.wte.weight.grad is not None
 
 
+def test_a_model_that_shares_the_config_keeps_its_attention():
+    for name in ("llama", "t5"):
+        native = built(name)[0]
+        other = type(native)(native.config)
+        assert other.config is native.config
+        replace(native)
+        assert native.config._attn_implementation == "jacobian_ops"
+        assert {m.config._attn_implementation for m in other.modules() if hasattr(m, "config")} == {
+            "sdpa"
+        }
+        own = [m.config for m in native.modules() if hasattr(m, "config")]
+        assert {c._attn_implementation for c in own} == {"jacobian_ops"}
+        restore(native)
+        assert {c._attn_implementation for c in own} == {"sdpa"}
+
+
 def test_a_failure_midway_leaves_the_model_as_it_was(monkeypatch):
     native, _, inputs = built("llama")
     swap = importlib.import_module("jacobian_ops.replace.swap")
@@ -389,6 +405,13 @@ def test_a_failure_midway_leaves_the_model_as_it_was(monkeypatch):
     assert classes(native) == before and native.config._attn_implementation == "sdpa"
     assert swap.transformers.SETTINGS not in native.__dict__
     run(native, inputs)
+    monkeypatch.undo()
+    replace(native)
+    after, real = classes(native), swap.transformers.leave
+    monkeypatch.setattr(swap.transformers, "leave", lambda m: (real(m), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        restore(native)
+    assert classes(native) == after and native.config._attn_implementation == "jacobian_ops"
 
 
 @pytest.mark.parametrize("name,child", [("gpt2", "mlp.act"), ("bert", "output.dropout")])

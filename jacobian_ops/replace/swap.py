@@ -34,7 +34,7 @@ def replace(model: torch.nn.Module) -> torch.nn.Module:
     Softmax -> Dropout), they run as one op, unless one of them has hooks or was exchanged since.
 
     A model of transformers gets ``attn_implementation="jacobian_ops"`` if it can take that of sdpa
-    and has it or eager, in its config, and its causal-LM loss runs on our cross_entropy.
+    and has it or eager, in a config of its own, and its causal-LM loss runs on our cross_entropy.
 
     Results are those of before to rounding; dropout draws other masks.
     :func:`jacobian_ops.replacements` tells what was done and what was left, and why.
@@ -58,6 +58,8 @@ def replace(model: torch.nn.Module) -> torch.nn.Module:
         for m in modules:
             if _fuses(m):
                 _become(m, _FUSED.get(type(m)) or derived(type(m), Row))
+        transformers.copy_configs(modules)
+        for m in modules:
             if transformers.is_model(m):
                 transformers.adopt(m)
     return model
@@ -156,21 +158,16 @@ def _is_ours(cls, former) -> bool:
 
 @contextlib.contextmanager
 def _all_or_none(modules):
-    """Give the modules their classes back when the body fails."""
-    kept = FORMER, transformers.SETTINGS
-    before = [(m, m.__class__, {k: m.__dict__.get(k) for k in kept}) for m in modules]
+    """Give the modules their classes and attributes back when the body fails."""
+    before = [(m, m.__class__, dict(m.__dict__)) for m in modules]
+    attention = transformers.implementations(modules)
     try:
         yield
     except BaseException:
         for m, cls, attributes in before:
-            if transformers.is_model(m):
-                if attributes[transformers.SETTINGS] is None:
-                    transformers.leave(m)
-                else:
-                    transformers.adopt(m)
             m.__class__ = cls
-            for name, value in attributes.items():
-                m.__dict__.pop(name, None)
-                if value is not None:
-                    m.__dict__[name] = value
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+        for config, name in attention:
+            config._attn_implementation_internal = name
         raise

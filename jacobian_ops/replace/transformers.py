@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 import warnings
@@ -133,10 +134,30 @@ def why_not_attention(model) -> str | None:
     return None
 
 
+def implementations(modules) -> list[tuple]:
+    """Configs among the modules, and the attention that they name."""
+    return [(m.config, m.config._attn_implementation) for m in modules if is_model(m)]
+
+
+def copy_configs(modules) -> None:
+    """Give models that get our attention configs of their own: other models may share theirs."""
+    copied = {}
+    for m in modules:
+        if is_model(m) and _takes_attention(m):
+            copy.deepcopy(m.config, copied)
+    for m in modules:
+        if id(m.__dict__.get("config")) in copied:
+            m.config = copied[id(m.config)]
+
+
+def _takes_attention(model) -> bool:
+    return model.config._attn_implementation != NAME and why_not_attention(model) is None
+
+
 def adopt(model) -> None:
     """Give a model our attention and its causal-LM loss on our cross_entropy."""
     former, config = _Former(), model.config
-    if why_not_attention(model) is None and config._attn_implementation != NAME:
+    if _takes_attention(model):
         register_transformers()
         former["attention"] = config._attn_implementation
         config._attn_implementation_internal = NAME
