@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 import jacobian_ops
 from jacobian_ops import replace, replacements, restore
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.not_on_host]
+pytestmark = pytest.mark.cpu_only
 
 if not all(map(importlib.util.find_spec, ("transformers", "timm", "torchvision"))):
     pytest.skip("needs the extra `models`", allow_module_level=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.not_on_host]
+pytestmark = pytest.mark.cpu_only
 
 PAGE = Path(__file__).parent.parent / "docs" / "use_with.md"
 LIBRARIES = "transformers", "timm", "torchvision", "peft", "lightning"
