@@ -639,6 +639,15 @@ def test_a_model_can_ask_for_it():
     close(run(ours, inputs), run(native, inputs), rtol=1e-5, atol=1e-5)
 
 
+def test_replace_again_after_the_attention_was_set_otherwise():
+    model = replace(built("llama")[0])
+    model.set_attn_implementation("eager")
+    restore(replace(model))
+    assert model.config._attn_implementation == "eager" and "_loss_function" not in vars(model)
+    replace(model).set_attn_implementation("sdpa")
+    assert restore(model).config._attn_implementation == "sdpa"
+
+
 def test_generate():
     native, ours, inputs = built("qwen3")
     prompt = dict(input_ids=inputs["input_ids"], attention_mask=torch.ones(2, 11).long())

@@ -23,15 +23,15 @@ _FUSED = {torch.nn.Sequential: FusedSequential}
 
 
 def replace(model: torch.nn.Module) -> torch.nn.Module:
-    """Swap the layers of a model that :mod:`jacobian_ops.nn` has for ours, in place.
+    """Swap the layers of a model for ours, in place, where results are known to stay.
 
-    Of torch.nn only exact classes are swapped, never subclasses, nor SyncBatchNorm, but for
-    subclasses of Sequential that run as it does.  Of other
-    libraries: activations and linear layers of transformers and timm; RMSNorms and LayerNorms of
-    any, known by what they do; the MLPs of GPT-2, BERT, T5, ViT and the Llama family, timm's Mlp
-    and Attention, torch.nn's transformer layers, known by their code.  Where layers in a row are
-    known (Linear -> activation -> Dropout, Linear -> Dropout -> residual, activation times gate,
-    Softmax -> Dropout), they run as one op, unless one of them has hooks or was exchanged since.
+    Of torch.nn the layers that :mod:`jacobian_ops.nn` has: exact classes, never subclasses, nor
+    SyncBatchNorm.  Of other libraries activations and linear layers of transformers and timm,
+    RMSNorms and LayerNorms of any, known by what they do.  Layers in a row run as one op: Linear ->
+    activation -> Dropout, Linear -> Dropout -> residual, Softmax -> Dropout, activation times gate;
+    in a Sequential or a subclass that runs as it does, and in blocks that are known by their code:
+    the MLPs of GPT-2, BERT, T5, ViT and the Llama family, timm's Mlp and Attention, torch.nn's
+    transformer layers.  A layer that has hooks, or was exchanged since, runs by itself.
 
     A model of transformers gets ``attn_implementation="jacobian_ops"`` if it can take that of sdpa
     and has it or eager, in a config of its own, and its causal-LM loss runs on our cross_entropy.

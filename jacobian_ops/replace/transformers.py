@@ -156,7 +156,7 @@ def _takes_attention(model) -> bool:
 
 def adopt(model) -> None:
     """Give a model our attention and its causal-LM loss on our cross_entropy."""
-    former, config = _Former(), model.config
+    former, config = _Former(model.__dict__.get(SETTINGS, {})), model.config
     if _takes_attention(model):
         register_transformers()
         former["attention"] = config._attn_implementation
