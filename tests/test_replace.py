@@ -225,6 +225,15 @@ def test_subclass_of_sequential_that_runs_as_it_does(fused):
     assert type(restore(ours)) is Row
 
 
+@pytest.mark.parametrize("activation", [torch.relu, nn.functional.relu, nn.functional.gelu])
+def test_compile_of_a_layer_whose_activation_is_a_function(activation):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, activation, batch_first=True)
+    native, ours = twins(layer)
+    x = torch.randn(6, 30, 32)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), native(x))
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_transformer_decoder_layer(norm_first, fused):
     native, ours = twins(

@@ -161,7 +161,9 @@ def activation_name(module) -> str | None:
 
 def bare(module) -> bool:
     """Whether calling the module is no more than running the forward of its class."""
-    state = getattr(module, "__dict__", {})  # a builtin function, as an activation, has none
+    if not isinstance(module, torch.nn.Module):  # a function, as an activation
+        return True
+    state = module.__dict__
     return "forward" not in state and not any(state.get(name) for name in _HOOKS)
 
 
