@@ -80,7 +80,7 @@ def torch_environment(requirement: str) -> Path:
             new = Path(unfinished) / "venv"
             environment.make_venv(new)
             environment.install_torch(environment.python_of(new), requirement)
-            environment.run(environment.python_of(new), "-m", "pip", "install", "--quiet", "numpy")
+            environment.install(environment.python_of(new), "numpy")
             new.rename(venv)
     return environment.python_of(venv)
 

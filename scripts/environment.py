@@ -34,6 +34,11 @@ def run(*command: str | os.PathLike) -> None:
         sys.exit(status)
 
 
+def install(python: Path, *arguments: str | os.PathLike) -> None:
+    """Install with pip; what is imported of it is compiled when it is, not all of torch now."""
+    run(python, "-m", "pip", "install", "--quiet", "--no-compile", *arguments)
+
+
 def python_of(venv: Path) -> Path:
     """The interpreter of a virtual environment."""
     return venv / "bin" / "python"
@@ -51,7 +56,7 @@ def make_venv(venv: Path) -> None:
         run(sys.executable, "-m", "venv", "--clear", "--without-pip", venv)
         run(sys.executable, "-m", "pip", "--python", python, "install", "pip")
     # The pip that Python 3.10 carries is older than editable installs from pyproject.toml.
-    run(python, "-m", "pip", "install", "--quiet", "--upgrade", "pip")
+    install(python, "--upgrade", "pip")
 
 
 def cpu_index() -> list[str]:
@@ -82,8 +87,8 @@ def install_torch(python: Path, requirement: str) -> None:
 
     In two steps, so that only torch itself is looked for on PyTorch's index.
     """
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", *cpu_index(), requirement)
-    run(python, "-m", "pip", "install", "--quiet", requirement)
+    install(python, "--no-deps", *cpu_index(), requirement)
+    install(python, requirement)
 
 
 def requirements(extra: str = "") -> list[str]:
@@ -105,7 +110,7 @@ def install_extra(python: Path, extra: str) -> None:
     code = "from importlib.metadata import version; print(version('torch').split('+')[0])"
     torch = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     fixed = f"torch=={torch.stdout.strip()}"
-    run(python, "-m", "pip", "install", "--quiet", *cpu_index(), fixed, *requirements(extra))
+    install(python, *cpu_index(), fixed, *requirements(extra))
 
 
 def main() -> None:
@@ -134,7 +139,7 @@ def main() -> None:
         install_torch(python, options.torch)
     elif (installed_torch(python) or (0, 0)) < FLOOR:
         install_torch(python, DEFAULT_TORCH)
-    run(python, "-m", "pip", "install", "--quiet", *requirements())
+    install(python, *requirements())
 
 
 if __name__ == "__main__":
