@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -479,49 +478,3 @@ def test_ensemble(name, transform):
     given = vmap(loss)(params, buffers)
     for i, model in enumerate(models):
         close({n: g[i] for n, g in given.items()}, gradients(model, xs)[1])
-
-
-# ------------------------------------------------------------------- Lightning
-
-
-def test_lightning_trainer(tmp_path):
-    """Two epochs on the CPU: the loss curve is that of the native model."""
-    lightning = pytest.importorskip("lightning")
-    x, target = torch.randn(64, 8), torch.randint(4, (64,))
-    data = torch.utils.data.TensorDataset(x, target)
-
-    class Classifier(lightning.LightningModule):
-        def __init__(self, model, loss):
-            super().__init__()
-            self.model, self.loss, self.losses = model, loss, []
-
-        def training_step(self, batch, _):
-            loss = self.loss(self.model(batch[0]), batch[1])
-            self.losses.append(loss.item())
-            return loss
-
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-    def fit(model, loss, precision):
-        classifier = Classifier(model, loss)
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            max_epochs=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-            precision=precision,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer.fit(classifier, torch.utils.data.DataLoader(data, batch_size=16))
-        return torch.tensor(classifier.losses)
-
-    for precision, tolerance in (("32-true", 1e-5), ("bf16-mixed", 2e-2)):
-        native, model, _ = made("mlp")
-        expected = fit(native, F.cross_entropy, precision)
-        given = fit(model, J.cross_entropy, precision)
-        close(given, expected, atol=tolerance, rtol=tolerance)

@@ -6,9 +6,7 @@ Needs the extra ``models``; ``make test-models`` installs it.
 import copy
 import functools
 import importlib.util
-import io
 import json
-import pickle
 import subprocess
 import sys
 import warnings
@@ -23,14 +21,17 @@ from torch.overrides import TorchFunctionMode
 import jacobian_ops
 from jacobian_ops import replace, replacements, restore
 
+from .copies import copies
+
 pytestmark = pytest.mark.cpu_only
 
-if not all(map(importlib.util.find_spec, ("transformers", "timm", "torchvision"))):
+if not all(map(importlib.util.find_spec, ("transformers", "timm", "torchvision", "lightning"))):
     pytest.skip("needs the extra `models`", allow_module_level=True)
 
 import bench.models as bench_models  # noqa: E402
 
 transformers = bench_models.import_transformers()
+import lightning  # noqa: E402
 import timm  # noqa: E402
 import torchvision  # noqa: E402
 
@@ -326,18 +327,7 @@ def test_restore_gives_back_what_was(name):
     close(run(ours, inputs), run(native, inputs), rtol=0, atol=0)
 
 
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
+@copies
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "timm vit", "torchvision vit"])
 def test_copies(name, duplicate):
     native, ours, inputs = built(name)
@@ -749,3 +739,46 @@ def test_replacements(name):
     assert {row.detail for row in replacements(native).layers} >= {"it came after replace"}
     assert nn.Module.__call__ is replacements.__globals__["torch"].nn.Module.__call__
     assert attributes(native) == attributes(restore(ours))
+
+
+def test_lightning_trainer(tmp_path):
+    """Two epochs on the CPU: the loss curve is that of the native model."""
+    x, target = torch.randn(64, 8), torch.randint(4, (64,))
+    data = torch.utils.data.TensorDataset(x, target)
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self, model, loss):
+            super().__init__()
+            self.model, self.loss, self.losses = model, loss, []
+
+        def training_step(self, batch, _):
+            loss = self.loss(self.model(batch[0]), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    def fit(model, loss, precision):
+        classifier = Classifier(model, loss)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            precision=precision,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(classifier, torch.utils.data.DataLoader(data, batch_size=16))
+        return torch.tensor(classifier.losses)
+
+    for precision, tolerance in (("32-true", 1e-5), ("bf16-mixed", 2e-2)):
+        native = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 4))
+        ours = replace(copy.deepcopy(native))
+        expected = fit(native, torch.nn.functional.cross_entropy, precision)
+        given = fit(ours, jacobian_ops.functional.cross_entropy, precision)
+        close(given, expected, atol=tolerance, rtol=tolerance)

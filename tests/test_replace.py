@@ -2,8 +2,6 @@
 
 import copy
 import importlib
-import io
-import pickle
 
 import pytest
 import torch
@@ -16,6 +14,8 @@ import jacobian_ops.functional as J
 import jacobian_ops.nn as jnn
 from jacobian_ops import replace, replacements, restore
 from jacobian_ops.replace import FusedSequential
+
+from .copies import copies
 
 MODULE = importlib.import_module("jacobian_ops.replace.swap")  # the function hides the package
 SWAPPED = sorted(set(jnn.__all__) & set(dir(nn)))
@@ -720,18 +720,7 @@ def test_a_failure_midway_leaves_nothing_half_swapped(function, step, monkeypatc
         assert classes(model) == classes(start) and attributes(model) == attributes(start)
 
 
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
+@copies
 def test_copies(duplicate):
     model, x = replace(Block().double()), x_of().double()
     other = duplicate(model)
