@@ -9,6 +9,7 @@ import dataclasses
 
 import torch
 
+from .._text import text_of
 from . import swap, transformers
 from .classes import FORMER, recipe_of
 from .sequence import activation_name, fusable
@@ -84,14 +85,7 @@ class Replacements:
         return table
 
     def __str__(self):
-        from rich.console import Console
-        from rich.measure import Measurement
-
-        console, table = Console(width=1000), self.__rich__()
-        console.width = Measurement.get(console, console.options, table).maximum  # no line folded
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+        return text_of(self.__rich__())
 
 
 def _sizes(row):

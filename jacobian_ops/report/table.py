@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from .._text import text_of
+
 
 @dataclasses.dataclass
 class Layer:
@@ -126,14 +128,7 @@ class Report:
         return table
 
     def __str__(self):
-        from rich.console import Console
-        from rich.measure import Measurement
-
-        console, table = Console(width=1000), self.__rich__()
-        console.width = Measurement.get(console, console.options, table).maximum  # no line folded
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+        return text_of(self.__rich__())
 
 
 def _cells(row: Layer) -> tuple[str, ...]:
