@@ -174,6 +174,27 @@ def test_dual_products_agree(batch, m, n, k):
     close((gy * ty).sum(), (gx * tx).sum() + (gw * tw).sum() + (gb * tb).sum())
 
 
+@pytest.mark.parametrize("f", [J.linear, J.linear_act_dropout], ids=lambda f: f.__name__)
+def test_a_transposed_weight_gets_a_transposed_gradient(f):
+    # A parameter (in, out) then gets its gradient without a copy.
+    x, gy = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    weight = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+
+    def gradients(f, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(f(x, weight.t(), bias), (x, weight, bias), gy)
+
+    native = F.linear if f is J.linear else lambda *args: F.gelu(F.linear(*args))
+    want = gradients(native, x)
+    torch._dynamo.reset()
+    for ours in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        got = gradients(ours, x)
+        close(got, want)
+        assert got[1].is_contiguous()
+    assert kernels.linear_vjp(x, weight.detach().t(), gy)[1].mT.is_contiguous()
+
+
 def test_views_share_nothing():
     """Results never alias their inputs."""
     x = torch.randn(4)

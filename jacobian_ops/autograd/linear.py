@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from .. import kernels
 from ..kernels._arguments import linear_result
+from ..kernels.linear import column_major
 from .activation import activation_jvp, activation_vjp, from_result
 from .dropout import dropout
 from .rule import Rule, add, define, front, needed
@@ -88,9 +89,15 @@ class LinearVjp(Rule):
         return tuple(gy.new_empty(0) if g is None else g for g in gradients)
 
     def fake(gy, x, weight, bias):
+        if x is None:
+            gweight = gy.new_empty(0)
+        elif column_major(weight):
+            gweight = linear_result(x.mT, gy.mT).mT
+        else:
+            gweight = linear_result(gy.mT, x.mT)
         return (
             gy.new_empty(0) if weight is None else linear_result(gy, weight.mT),
-            gy.new_empty(0) if x is None else linear_result(gy.mT, x.mT),
+            gweight,
             ColumnSum.fake(gy) if bias else gy.new_empty(0),
         )
 

@@ -110,6 +110,11 @@ def _mask_seed(op, seed, p, x):
     return check_seed(op, seed, x)
 
 
+def column_major(weight: Tensor | None) -> bool:
+    """Whether ``weight`` is the transpose of a contiguous matrix, as of transformers' Conv1D."""
+    return weight is not None and weight.mT.is_contiguous() and not weight.is_contiguous()
+
+
 def _overlap(a, b):
     """Whether two tensors may share memory, by the ranges that they reach."""
 
@@ -201,6 +206,7 @@ def linear_vjp(
 
     Returns:
         Cotangents of ``x``, of ``weight`` and of the bias, (*batch, N); None for one not needed.
+        Contiguous, but that of a transposed ``weight`` is a transpose too.
     """
     op = "linear_vjp"
     check_dtype(op, "gy", gy)
@@ -215,7 +221,9 @@ def linear_vjp(
             gx = own[0] = gy.new_empty((*batch, rows, weight.shape[-1]))
     if needs[1]:
         _check_factor(op, gy, "x", x, (*batch, rows))
-        if _gemm.torch_is_faster_for_gweight(gy, x):
+        if column_major(weight):
+            gweight = linear(x.mT, gy.mT).mT
+        elif _gemm.torch_is_faster_for_gweight(gy, x):
             gweight = _gemm.matmul(gy.mT, x)
         else:
             gweight = own[1] = gy.new_empty((*batch, cols, x.shape[-1]))
@@ -409,7 +417,8 @@ def linear_act_dropout_vjp(
     if needs[1]:
         _check_factor(op, gy, "x", x, (*batch, rows))
     weight, x = weight if needs[0] else None, x if needs[1] else None
-    if _gemm.torch_is_faster_for_vjp(gy, weight, x, needs[2]):
+    transposed = x is not None and column_major(weight)
+    if transposed or _gemm.torch_is_faster_for_vjp(gy, weight, x, needs[2]):
         at = gy if s is None else s
         gz, gbias = (
             activation_vjp_sum(at, gy, f, seed=seed, p=p)
