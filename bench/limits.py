@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import limits_report, machine, measure, providers
 from .limits_report import Point, Result
 from .targets import LINES, SWEEP, Line
-from .timing import Clock, interleaved
+from .timing import SLOW, Clock, interleaved
 
 IDLE = 0.02  # seconds in which OpenMP's threads stop waiting actively
 AWAKE = 0.01  # seconds of calls before the clock starts: a machine that slept is slow at first
@@ -98,7 +98,7 @@ def _serve(pipe, names: tuple[str, ...], threads: int) -> None:
     chosen = [providers.make(name) for name in names]
     clock = Clock(CPU, cold=False)
     lists = {"line": LINES, "sweep": SWEEP}
-    calls = {}
+    calls, slow = {}, set()
     while True:
         try:
             name, number = pipe.recv()
@@ -107,11 +107,14 @@ def _serve(pipe, names: tuple[str, ...], threads: int) -> None:
         try:
             if name != "prepare":
                 start = time.perf_counter()
-                while time.perf_counter() - start < AWAKE:
+                while name not in slow and time.perf_counter() - start < AWAKE:
                     calls[name]()
                 answer = clock(calls[name], number)
+                if answer > SLOW:
+                    slow.add(name)
             else:
                 calls.clear()  # before the next inputs are made
+                slow.clear()
                 kind, index = number
                 line = lists[kind][index]
                 with warnings.catch_warnings():
@@ -121,7 +124,10 @@ def _serve(pipe, names: tuple[str, ...], threads: int) -> None:
                 answer = list(calls), made.errors, made.failed
         except Exception as e:
             answer = RuntimeError(f"{type(e).__name__}: {e}")
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except OSError:  # nobody waits for it any more
+            return
 
 
 @dataclass(frozen=True)
@@ -220,6 +226,7 @@ def main(arguments: list[str]) -> int:
     """The command; 1 when something is wrong or short of its target without a reason."""
     p = argparse.ArgumentParser(prog="python -m bench limits", description=__doc__)
     p.add_argument("--only", default="", help="measure lines whose title contains this")
+    p.add_argument("--skip", default=None, help="leave out lines whose title contains this")
     p.add_argument("--seconds", type=float, default=0.2, help="of measuring, a line and provider")
     p.add_argument("--no-compile", action="store_true", help="without torch.compile")
     p.add_argument("--sweep", action="store_true", help="measure over sizes too, up to 1 GiB")
@@ -229,6 +236,8 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--plots", type=Path, help="write pictures into this folder")
     options = p.parse_args(arguments)
     numbers = [i for i, line in enumerate(LINES) if options.only in line.title()]
+    if options.skip is not None:
+        numbers = [i for i in numbers if options.skip not in LINES[i].title()]
     if not numbers:
         p.error(f"--only {options.only!r}: no such line")
     console = Console()
@@ -256,7 +265,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _measured(console, options, numbers) -> tuple[list[Result], list[Point]]:
-    """The lines, and the sizes if they are asked for, with a progress bar."""
+    """The lines, and the sizes if they are asked for, with a progress bar.
+
+    Interrupted, it ends with those that were measured.
+    """
     threads = torch.get_num_threads()
     results, points = [], []
     columns = (
@@ -275,6 +287,9 @@ def _measured(console, options, numbers) -> tuple[list[Result], list[Point]]:
             for number in numbers:
                 step(LINES[number].title())
                 results.append(session(number, options.seconds))
+        except KeyboardInterrupt:
+            console.print(f"interrupted after {len(results)} lines")
+            return results, points
         finally:
             session.close()
         if options.sweep:

@@ -6,9 +6,22 @@ from dataclasses import dataclass
 
 import torch
 
-from .cases import Case, activation, dropout, linear, linear_act_dropout, softmax, softmax_dropout
+from .cases import (
+    Case,
+    activation,
+    attention,
+    channel_norm,
+    cross_entropy,
+    dropout,
+    linear,
+    linear_act_dropout,
+    linear_cross_entropy,
+    norm,
+    softmax,
+    softmax_dropout,
+)
 
-FORWARD, BOTH, JVP = "forward", "forward+vjp", "jvp"
+FORWARD, BOTH, JVP, HVP = "forward", "forward+vjp", "jvp", "hvp"
 OVER_COMPILE = 1.2  # enough ahead of torch.compile, where the target is no less
 LEAST = 0.97  # of eager's speed, but for tiny tensors
 P = 0.1
@@ -29,12 +42,13 @@ class Line:
         return f"{self.case.op} {self.case.label} {dtype} {self.mode}"
 
 
-def _lines(case: Case, forward, both, jvp, dtype=torch.float32) -> list[Line]:
-    targets = ((FORWARD, forward), (BOTH, both), (JVP, jvp))
+def _lines(case: Case, forward, both, jvp, dtype=torch.float32, hvp=None) -> list[Line]:
+    targets = ((FORWARD, forward), (BOTH, both), (JVP, jvp), (HVP, hvp))
     return [Line(case, mode, target, dtype) for mode, target in targets if target]
 
 
 LARGE, SMALL = (4096, 4096), (32, 64)
+HEADS, LONG = (2, 8, 1024, 64), (1, 4, 4096, 64)  # of attention: batch, heads, length, width
 SHAPES = ((2048, 1024, 4096), (4096, 256, 1024), (16384, 64, 256))
 # float32 targets of forward, forward+VJP and JVP, with memory kept.
 ACTIVATIONS = {
@@ -91,6 +105,15 @@ LINES = tuple(
         *(_lines(activation(name, SMALL), None, 1 / 1.1, None) for name in ("relu", "gelu")),
         _lines(softmax("softmax", SMALL), None, 1 / 1.1, None),
         _lines(linear(32, 64, 64), None, 1 / 1.1, None),
+        _lines(attention(HEADS), 2.3, 2.3, 3.5, hvp=3),
+        _lines(attention(LONG), 2.2, 2.2, 4.5),
+        *(_lines(attention(shape, causal=True), 3, 3, 8) for shape in (HEADS, LONG)),
+        _lines(attention(HEADS), 1.5, 1.5, 3, torch.bfloat16),
+        _lines(norm("layer_norm", (8192, 1024)), 1.2, 1.5, 5.5),
+        _lines(norm("rms_norm", (8192, 1024)), 2.5, 5, 6.5),
+        _lines(channel_norm("batch_norm", (64, 128, 56, 56)), 2.2, 1.5, 7),
+        _lines(cross_entropy((2048, 32000)), 3.5, 5, 9),
+        _lines(linear_cross_entropy(1024, 512, 32000), None, 2.2, 3),
     )
     for line in lines
 )

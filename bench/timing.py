@@ -13,6 +13,8 @@ from . import machine
 
 BLOCK = 2e-3  # seconds of calls between two looks at the clock, unless told otherwise
 MAX_ROUNDS = 101
+SLOW = 1.0  # seconds of a call that needs no repetition to be timed
+PATIENCE = 30.0  # seconds of a line after which no other round is begun
 
 
 @dataclass
@@ -70,7 +72,7 @@ def interleaved(
         calls: What to time, by name; they were called before, so nothing is set up any more.
         clock: How.
         seconds: About how long to measure each.
-        rounds: Least number of rounds.
+        rounds: Least number of rounds, unless they take very long.
         block: About how many seconds of calls are timed at once.
 
     Returns:
@@ -78,18 +80,23 @@ def interleaved(
     """
     numbers = {}
     for name, call in calls.items():
-        once = min(clock(call, 1) for _ in range(2))
+        once = clock(call, 1)
+        if once < SLOW:
+            once = min(once, clock(call, 1))
         numbers[name] = 1 if clock.cold else max(1, min(10_000, int(block / max(once, 1e-7))))
     times = {name: [] for name in calls}
     order = list(calls)
     spent = 0.0
     start = time.perf_counter()
-    while len(times[order[0]]) < rounds or (
-        spent < seconds * len(order) and len(times[order[0]]) < MAX_ROUNDS
+    done = 0
+    while done == 0 or (
+        spent < PATIENCE
+        and (done < rounds or (spent < seconds * len(order) and done < MAX_ROUNDS))
     ):
         for name in order:
             times[name].append(clock(calls[name], numbers[name]))
         order = order[1:] + order[:1]
+        done += 1
         spent = time.perf_counter() - start
     # torch's Measurement divides by the number of calls itself.
     return {
