@@ -26,7 +26,7 @@ CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu*' 'example
   'tests/cuda_on_host/*.h' 'tests/cuda_on_host/*.cpp' 'tests/cuda_on_host/*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo examples test test-models test-cuda-on-host sanitize-cuda-on-host cuda-gate bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
+.PHONY: help build demo examples test test-models test-cuda-on-host sanitize-cuda-on-host sanitize cuda-gate bench limits lint format wheel check-wheel cpp check-aarch64 clean FORCE
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=torch==2.14.1] [VENV=.venv] [CUDA=1]"
@@ -120,6 +120,26 @@ cuda-gate: build/cuda_on_host-checked  ## compile the CUDA kernels and check wha
 	  -DPython_EXECUTABLE="$(abspath $(PY))" -Dpybind11_DIR="$$(pybind11-config --cmakedir)" && \
 	cmake --build build/cuda --target _cuda && \
 	$(PY) scripts/cuda_gate.py build/cuda/_cuda*.so --host $</_cuda_on_host*.so $(GATE_FLAGS)
+
+# The CPU's kernels for one instruction set, in a module of their own beside the ordinary one.  Left
+# out is what runs the ordinary one (programs of its own, compiled graphs), what measures, and what
+# limits a process to less memory than the sanitizers reserve.
+SANITIZED_ISA ?= avx2
+build/sanitize: $(BUILT) FORCE
+	PATH="$(abspath $(VENV))/bin:$$PATH" && \
+	cmake -S . -B $@ -G Ninja -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 \
+	  -DJACOBIAN_OPS_PYTHON=ON -DJACOBIAN_OPS_TOOLS=OFF -DJACOBIAN_OPS_CUDA=OFF \
+	  -DJACOBIAN_OPS_SANITIZE=ON \
+	  -DJACOBIAN_OPS_ISAS="$(SANITIZED_ISA)" \
+	  -DPython_EXECUTABLE="$(abspath $(PY))" -Dpybind11_DIR="$$(pybind11-config --cmakedir)" && \
+	cmake --build $@ --target _cpu
+
+sanitize: build/sanitize  ## run the tests on the CPU's kernels with sanitizers
+	JACOBIAN_OPS_TEST_BACKEND="$$(echo $(abspath $<)/_cpu*.so)" \
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	$(PYTEST) -k "not test_memory_is_linear" --ignore=tests/cuda_on_host \
+	  $(patsubst %,--ignore=tests/test_%.py, bench compile cuda_gate distributed ecosystem \
+	  examples examples_jacobian host_memory limits packaging runtime)
 
 bench: $(BUILT)  ## measure against native autograd (python -m bench has the options)
 	$(PY) -m bench $(BENCH_FLAGS)

@@ -8,6 +8,7 @@ os.environ.setdefault("JACOBIAN_OPS_NATIVE_BELOW", "0")
 os.environ.setdefault("JACOBIAN_OPS_GEMM", "own")
 
 import importlib.util
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -21,13 +22,13 @@ from jacobian_ops import _backend
 
 from . import cases
 
-# A native module that CPU tensors are sent to instead: `make test-cuda-on-host` tests the CUDA
-# kernels without a GPU.
-ON_HOST = os.environ.get("JACOBIAN_OPS_TEST_BACKEND", "")
-if ON_HOST:
-    _spec = importlib.util.spec_from_file_location("_cuda_on_host", ON_HOST)
+# A native module that CPU tensors are sent to instead: the CUDA kernels without a GPU in `make
+# test-cuda-on-host`, the CPU's with sanitizers in `make sanitize`.
+if _path := os.environ.get("JACOBIAN_OPS_TEST_BACKEND", ""):
+    _spec = importlib.util.spec_from_file_location(Path(_path).name.split(".")[0], _path)
     _backend.BACKENDS["cpu"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(_backend.BACKENDS["cpu"])
+ON_HOST = _backend.BACKENDS["cpu"].kind == "cuda"
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() and "cuda" in _backend.BACKENDS else ("cpu",)
 
 
