@@ -3,7 +3,6 @@
 #include <cstdlib>
 
 #if defined(__GLIBC__)
-#include <dlfcn.h>
 #include <malloc.h>
 #endif
 
@@ -12,13 +11,31 @@ namespace jops {
 #if defined(__GLIBC__)
 namespace {
 
+// Bytes that glibc's allocator has handed out.
+std::size_t handed_out() {
+#if __GLIBC_PREREQ(2, 33)
+  const struct mallinfo2 info = mallinfo2();
+  return info.uordblks + info.hblkhd;
+#else
+  const struct mallinfo info = mallinfo();  // of ints that wrap around
+  return static_cast<unsigned>(info.uordblks) + static_cast<unsigned>(info.hblkhd);
+#endif
+}
+
 // Another allocator may stand before glibc's (jemalloc, tcmalloc, a sanitizer's): mallopt would
-// then succeed and do nothing.
+// then succeed and do nothing. The address of malloc does not tell: in a program that is linked at
+// fixed addresses, as some distributions' Python is, it is that of a stub in the program. So a
+// block is asked for, again where another thread may have freed one meanwhile.
 bool glibc_allocates() {
-  Dl_info allocator{}, library{};
-  return dladdr(reinterpret_cast<void*>(&std::malloc), &allocator) != 0 &&
-         dladdr(reinterpret_cast<void*>(&mallopt), &library) != 0 &&
-         allocator.dli_fbase == library.dli_fbase;
+  constexpr std::size_t kBlock = 1 << 20;
+  for (int i = 0; i < 3; ++i) {
+    const std::size_t before = handed_out();
+    void* volatile block = std::malloc(kBlock);  // volatile: else the pair may be left out
+    const unsigned more = static_cast<unsigned>(handed_out() - before);
+    std::free(block);
+    if (more >= kBlock && more < 2 * kBlock) return true;
+  }
+  return false;
 }
 
 struct Setting {
