@@ -90,8 +90,7 @@ def interleaved(
     start = time.perf_counter()
     done = 0
     while done == 0 or (
-        spent < PATIENCE
-        and (done < rounds or (spent < seconds * len(order) and done < MAX_ROUNDS))
+        spent < PATIENCE and (done < rounds or (spent < seconds * len(order) and done < MAX_ROUNDS))
     ):
         for name in order:
             times[name].append(clock(calls[name], numbers[name]))
