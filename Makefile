@@ -137,7 +137,7 @@ build/sanitize: $(BUILT) FORCE
 sanitize: build/sanitize  ## run the tests on the CPU's kernels with sanitizers
 	JACOBIAN_OPS_TEST_BACKEND="$$(echo $(abspath $<)/_cpu*.so)" \
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-	$(PYTEST) -k "not test_memory_is_linear" --ignore=tests/cuda_on_host \
+	$(PYTEST) -k "not test_memory_is_linear" \
 	  $(patsubst %,--ignore=tests/test_%.py, bench compile cuda_gate distributed ecosystem \
 	  examples examples_jacobian host_memory limits packaging runtime)
 

@@ -221,7 +221,7 @@ def linear_vjp(
             gx = own[0] = gy.new_empty((*batch, rows, weight.shape[-1]))
     if needs[1]:
         _check_factor(op, gy, "x", x, (*batch, rows))
-        if column_major(weight):
+        if needs[0] and column_major(weight):
             gweight = linear(x.mT, gy.mT).mT
         elif _gemm.torch_is_faster_for_gweight(gy, x):
             gweight = _gemm.matmul(gy.mT, x)

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-BACKEND = os.environ.get("JACOBIAN_OPS_TEST_BACKEND", "")
-if not BACKEND:
+from ..conftest import ON_HOST
+
+if not ON_HOST:
     pytest.skip(
         "the CUDA kernels run on the host in make test-cuda-on-host", allow_module_level=True
     )
+BACKEND = os.environ["JACOBIAN_OPS_TEST_BACKEND"]
 MODULE = next(Path(BACKEND).resolve().parent.glob("_broken*.so"))
 SANITIZED = b"libasan.so" in MODULE.read_bytes()
 SEEDS = range(10)
