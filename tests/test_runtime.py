@@ -177,6 +177,19 @@ def test_denormals_survive_the_import():
     assert "True" in python(code)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tiny_results_are_zeros_in_kernels_alone(threads):
+    """Or a saturated exponential would take ten times as long; what is only moved stays."""
+    torch.set_num_threads(threads)
+    tiny = torch.full((40000,), 1e-40)
+    assert (jacobian_ops.functional.relu(tiny) == tiny).all()
+    x = torch.tensor([0.0, -90.0]).repeat(20000, 1)  # e^-90 is below the least normal number
+    y = jacobian_ops.functional.softmax(x, -1)
+    assert (y == torch.tensor([1.0, 0.0])).all()
+    assert (tiny * 0.5 > 0).all()  # on every thread, as before
+
+
 def test_build_info_names_what_runs():
     info = jacobian_ops.build_info()
     assert info["isa"] in info["available_isas"]
