@@ -33,7 +33,7 @@ from .autograd import norm as _norms
 from .autograd import rotary as _rotary
 from .autograd import softmax as _softmax
 from .autograd.rule import CPU_KEYS, overwritable, reverse_may_follow
-from .kernels import resolve
+from .kernels import _gemm, resolve
 from .kernels._arguments import ALLOWED_DTYPES, check_p, check_tensor, name_of, normalize_dim
 from .kernels.cross_entropy import wide
 
@@ -101,6 +101,7 @@ _TIMES = {
     "hardsigmoid": _CHEAP,
     "sigmoid": (8, 128),
     "gelu": (64, 4),
+    "layer_norm": (8, 8),
     "silu": (4, 1),
     "softmax": (4, 16),
     "log_softmax": (4, 16),
@@ -117,17 +118,26 @@ def _tiny(t: Tensor, op: str = "") -> bool:
 
     What the native op refuses is said better by the way of the others, so callers go on then.
     """
+    return type(t) in _PLAIN_TYPES and t.numel() < NATIVE_BELOW * _times(op, t) and _ordinary(t)
+
+
+def _ordinary(t: Tensor) -> bool:
+    """Whether ``t`` is an ordinary tensor of the CPU, with no transform around it."""
     return (
         not torch.compiler.is_compiling()
-        and type(t) in _PLAIN_TYPES
-        and t.numel() < NATIVE_BELOW * _times(op, t)
-        and t.dtype in _backend.DTYPES
-        and _C._dispatch_keys(t) == CPU_KEYS
+        and _dense(t)
         and forward_ad._current_level < 0  # a dual number looks like any other
         # Modes and traces see the same op whatever the size.
         and not _C._len_torch_function_stack()
         and not _C._len_torch_dispatch_stack()
         and _C._get_tracing_state() is None
+    )
+
+
+def _dense(t) -> bool:
+    """Whether ``t`` is a tensor that native kernels of the CPU take as it is."""
+    return (
+        type(t) in _PLAIN_TYPES and t.dtype in _backend.DTYPES and _C._dispatch_keys(t) == CPU_KEYS
     )
 
 
@@ -690,6 +700,10 @@ def layer_norm(
             ``weight`` or ``bias`` has another shape or dtype.
         ValueError: ``eps`` is negative.
     """
+    if _tiny(input, "layer_norm") and eps >= 0:
+        shape = (normalized_shape,) if type(normalized_shape) is int else tuple(normalized_shape)
+        if shape and input.numel() and _like(weight, input, shape) and _like(bias, input, shape):
+            return _norms.native_layer_norm(input, weight, bias, shape, eps)
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(
             layer_norm,
@@ -726,6 +740,13 @@ def rms_norm(
     if eps is None:
         eps = _epsilon(input.dtype)
     return _norm("rms_norm", input, normalized_shape, weight, None, eps, centred=False)
+
+
+def _like(t, input, shape):
+    """Whether ``t`` is absent, or an ordinary tensor of the last dimensions of ``input``."""
+    if input.shape[-len(shape) :] != shape:
+        return False
+    return t is None or (_dense(t) and t.dtype is input.dtype and t.shape == shape)
 
 
 def _epsilon(dtype):
@@ -1506,11 +1527,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: Shapes or dtypes do not fit.
     """
-    if _tiny(input) and _tiny(weight) and (bias is None or _tiny(bias)):
-        try:
-            return F.linear(input, weight, bias)
-        except (RuntimeError, TypeError):
-            pass
+    if _left_to_torch(input, weight, bias):
+        return F.linear(input, weight, bias)
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
     _check_linear("linear", weight, bias)
@@ -1524,6 +1542,34 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(input, weight) + bias
     x, bias = _fit_linear("linear", input, weight, bias)
     return _unflatten(_linear.linear(x, weight, bias), input)
+
+
+def _left_to_torch(input, weight, bias) -> bool:
+    """Whether the native linear should run: tiny, or torch's products run in any case.
+
+    Its derivatives are right at every order, and its way through C++ is the shorter one.
+    """
+    if not (_ordinary(input) and _dense(weight) and input.dtype is weight.dtype):
+        return False
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        return False
+    if bias is not None and not (
+        _dense(bias) and bias.dtype is weight.dtype and bias.shape == weight.shape[:1]
+    ):
+        return False
+    if input.numel() < NATIVE_BELOW and weight.numel() < NATIVE_BELOW:
+        return True
+    recording = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    return _gemm.torch_is_faster_at_all(input, weight, recording)
+
+
+def _activate(f, name, x):
+    """An activation by the name that :func:`linear_act_dropout` has for it, ``f`` if resolved."""
+    if f.function == "identity":
+        return x
+    if name in __all__:
+        return globals()[name](x)
+    return _activation.activation(x, None, f.function, f.params, 0.0)
 
 
 def linear_act_dropout(
@@ -1568,6 +1614,8 @@ def linear_act_dropout(
         return handle_torch_function(linear_act_dropout, (*tensors, residual), *tensors, **extra)
     check_p(op, p)
     f = resolve(op, activation)
+    if (p == 0.0 or not training) and residual is None and _left_to_torch(input, weight, bias):
+        return _activate(f, activation, F.linear(input, weight, bias))
     _check_linear(op, weight, bias)
     if residual is not None:
         check_tensor(op, "residual", residual)

@@ -36,6 +36,20 @@ def matrices(m, k, n, dtype, transposed):
     return x, w, gy, tx, tw
 
 
+@pytest.mark.cpu_only
+def test_linear_is_the_native_op_where_all_its_products_are(choice):
+    """Then nothing of ours would run but the way through Python."""
+    x, w, b = torch.randn(3, 5), torch.randn(4, 5, requires_grad=True), torch.randn(4)
+    native = choice == "torch"
+    assert J.linear(x, w, b).grad_fn.name() == ("AddmmBackward0" if native else "LinearBackward")
+    y = J.linear_act_dropout(x, w, b, "tanh", training=False)
+    assert y.grad_fn.name() == ("ActivationBackward" if native else "LinearActDropoutBackward")
+    torch.testing.assert_close(y, torch.tanh(torch.nn.functional.linear(x, w, b)))
+    for wrong in (w[:, :4], w.double(), w[0, 0]):
+        with pytest.raises(RuntimeError, match="^linear_act_dropout: "):
+            J.linear_act_dropout(x, wrong, b, "tanh")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (64, 33, 40), (3, 0, 2), (0, 4, 2)])

@@ -276,3 +276,37 @@ def test_modules():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(3, 4))
+
+
+def test_few_elements_take_native_kernels(monkeypatch):
+    """Whose graph is ours: the native op's third derivative is wrong."""
+    monkeypatch.setattr(J, "NATIVE_BELOW", 32768)
+    kwargs = dict(dtype=torch.float64, requires_grad=True)
+    x, weight, bias = (
+        torch.randn(3, 5, **kwargs),
+        torch.randn(5, **kwargs),
+        torch.randn(5, **kwargs),
+    )
+    assert J.layer_norm(x, (5,), weight, bias).grad_fn.name() == "NativeLayerNormBackward"
+    assert J.layer_norm(x.detach(), (5,)).grad_fn is None
+
+    def orders(f):
+        found = f(x, weight, bias).pow(3).sum()
+        for _ in range(3):
+            (g,) = torch.autograd.grad(found, x, create_graph=True)
+            yield g
+            found = g.pow(2).sum()
+
+    wanted = orders(norm_primitive(1, 1e-5, True))
+    for got, want in zip(orders(lambda *a: J.layer_norm(a[0], (5,), *a[1:])), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    y = J.layer_norm(x, [5], weight, bias)
+    batched = torch.autograd.grad(
+        y, (x, weight), torch.eye(15).view(15, 3, 5).double(), is_grads_batched=True
+    )
+    rows = [
+        torch.autograd.grad(J.layer_norm(x, 5, weight, bias), (x, weight), g)
+        for g in torch.eye(15).view(15, 3, 5).double()
+    ]
+    for got, want in zip(batched, map(torch.stack, zip(*rows, strict=True)), strict=True):
+        torch.testing.assert_close(got, want)

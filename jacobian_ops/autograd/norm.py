@@ -12,7 +12,7 @@ import torch
 
 from .. import kernels
 from ..kernels._arguments import result_like
-from .rule import Rule, by_sample, define, needed
+from .rule import Rule, by_sample, define, needed, plain
 
 
 def fake(x, *_):
@@ -306,6 +306,35 @@ norm, norm_jvp, norm_vjp, norm_vjp_jvp = family(
     "int dims, float eps, bool centred",
     lambda x, dims, *_: x.shape[x.dim() - dims :],
 )
+
+
+class NativeLayerNorm(torch.autograd.Function):
+    """layer_norm of few elements in the plain state: native kernels, whose way is the shorter one.
+
+    The native op's own graph would be wrong from the third derivative on; this one's is ours.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, shape, eps):
+        y, mean, r = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, r)
+        ctx.shape, ctx.eps = shape, eps
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, weight, bias, mean, r = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() or not plain((gy,)):
+            gradients = norm_vjp(x, weight, gy, len(ctx.shape), ctx.eps, True)
+            return needed(needs, gradients, (ctx.shape, ctx.eps))
+        gradients = torch.ops.aten.native_layer_norm_backward.default(
+            gy, x, ctx.shape, mean, r, weight, bias, needs
+        )
+        return (*gradients, None, None)
+
+
+native_layer_norm = super(torch.autograd.Function, NativeLayerNorm).apply
 
 
 class AddNorm(_Rows):

@@ -238,7 +238,7 @@ def define(rule: type[Rule]) -> Callable:
             return rule.kernel(*args)
 
         function = _function(rule, torch.autograd.Function, kernel, tensors)
-        differentiable = super(torch.autograd.Function, function).apply  # plain: skips checks
+        differentiable = _short_way(rule, function, tensors)
         transformable = function.apply
     else:
         function = None
@@ -318,11 +318,15 @@ def _function(rule, base, forward, tensors):
         ctx.save_for_forward(*inputs[:tensors], *outputs)
 
     def backward(ctx, *gy):
+        consts = ctx.consts
         gradients = (None,) * tensors
         if any(g is not None for g in gy):
-            with _autocast_off():
-                gradients = rule.vjp(ctx.saved_tensors, ctx.consts, ctx.needs_input_grad, *gy)
-        return *gradients, *(None for _ in ctx.consts)
+            if _C._is_any_autocast_enabled():
+                with _autocast_off():
+                    gradients = rule.vjp(ctx.saved_tensors, consts, ctx.needs_input_grad, *gy)
+            else:
+                gradients = rule.vjp(ctx.saved_tensors, consts, ctx.needs_input_grad, *gy)
+        return (*gradients, *(None,) * len(consts))
 
     def jvp(ctx, *tangents):
         saved = [None if s is None else _split(s)[0] for s in ctx.saved_tensors]
@@ -354,6 +358,27 @@ def _function(rule, base, forward, tensors):
     )
     body = {name: staticmethod(method) for name, method in methods.items()}
     return type(rule.__name__, (base,), body | {"__doc__": rule.__doc__})
+
+
+def _short_way(rule, function, tensors):
+    """The rule where no transform is active: entered below Function.apply, which asks for them.
+
+    No forward mode can follow, so nothing is kept for it.
+    """
+
+    def forward(ctx, *args):
+        out = rule.kernel(*args)
+        ctx.set_materialize_grads(False)
+        ctx.consts = args[tensors:]
+        if rule.not_differentiable:
+            ctx.mark_non_differentiable(*(out[i] for i in rule.not_differentiable))
+        ctx.save_for_backward(*rule.save(args, out, ctx.needs_input_grad))
+        return out
+
+    body = {"forward": forward, "setup_context": _SingleLevelFunction.setup_context}
+    body = {name: staticmethod(method) for name, method in body.items()}
+    short = type(rule.__name__, (function,), body | {"__doc__": rule.__doc__})
+    return super(torch.autograd.Function, short).apply
 
 
 def _without(values, places, nothing=None):

@@ -12,6 +12,7 @@ everything.  A table says where, which can be measured anew (jacobian_ops/tuning
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -58,9 +59,56 @@ def _ours_in_16_bits(dtype: torch.dtype, *sizes: int) -> bool:
 _FEW_ROWS = 128
 
 
-def _long_in_bf16(x: Tensor) -> bool:
+def _long_in_bf16(dtype: torch.dtype, m: int) -> bool:
     """Where oneDNN is not behind without AMX."""
-    return x.dtype is torch.bfloat16 and x.shape[0] > _IN_PLACE
+    return dtype is torch.bfloat16 and m > _IN_PLACE
+
+
+# Whether torch's library is ahead where it may be chosen, for m rows of K numbers that become N.
+
+
+def _ahead_for_y(dtype: torch.dtype, m: int, k: int, n: int) -> bool:
+    if CHOICE == "torch":
+        return True
+    if _LIBRARY == "avx512bf16":
+        return _long_in_bf16(dtype, m)
+    if dtype in _WIDE:
+        few = 16 if dtype is torch.float32 else 8
+        return not (k <= 256 and m >= 4096 or 2 <= m <= few and k >= 1024)
+    return not _ours_in_16_bits(dtype, m, k, n)
+
+
+def _ahead_for_gx(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
+    if CHOICE == "torch":
+        return True
+    if _LIBRARY == "avx512bf16":
+        return _long_in_bf16(dtype, m)
+    return dtype in _WIDE or not _ours_in_16_bits(dtype, m, n, k)
+
+
+def _ahead_for_gweight(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
+    if CHOICE == "torch":
+        return True
+    if _LIBRARY == "avx512bf16":
+        return _long_in_bf16(dtype, m)
+    if dtype in _WIDE:
+        return not (m <= 128 and n * k >= 1 << 23)
+    return not _ours_in_16_bits(dtype, m, n, k)
+
+
+def torch_is_faster_at_all(x: Tensor, weight: Tensor, recording: bool) -> bool:
+    """For ``x W^T`` on the CPU, and both products of its VJP if ``recording``; x is (*, K)."""
+    if _backend.on_device(x) or not (x.numel() and _torch_serves(weight)):
+        return False
+    n, k = weight.shape
+    return _ahead_at_all(CHOICE, x.dtype, x.numel() // k, k, n, recording)
+
+
+@functools.lru_cache(maxsize=1024)
+def _ahead_at_all(choice, dtype: torch.dtype, m: int, k: int, n: int, recording: bool) -> bool:
+    return _ahead_for_y(dtype, m, k, n) and (
+        not recording or (_ahead_for_gx(dtype, m, n, k) and _ahead_for_gweight(dtype, m, n, k))
+    )
 
 
 def _torch_serves(*matrices: Tensor | None) -> bool:
@@ -98,16 +146,8 @@ def torch_is_faster(x: Tensor, weight: Tensor, *tangents: Tensor | None) -> bool
         return False
     if _backend.on_device(x):
         return _on_device("plain", x, weight, 1 + sum(t is not None for t in tangents))
-    if CHOICE == "torch":
-        return True
     (m, k), n = x.shape, weight.shape[0]
-    if _LIBRARY == "avx512bf16":
-        return _long_in_bf16(x)
-    if x.dtype is torch.float32:
-        return not (k <= 256 and m >= 4096 or 2 <= m <= 16 and k >= 1024)
-    if x.dtype is torch.float64:
-        return not (k <= 256 and m >= 4096 or 2 <= m <= 8 and k >= 1024)
-    return not _ours_in_16_bits(x.dtype, m, k, n)
+    return _ahead_for_y(x.dtype, m, k, n)
 
 
 def torch_is_faster_for_gx(gy: Tensor, weight: Tensor) -> bool:
@@ -116,14 +156,8 @@ def torch_is_faster_for_gx(gy: Tensor, weight: Tensor) -> bool:
         return False
     if _backend.on_device(gy):
         return _on_device("plain", gy, weight.mT)
-    if CHOICE == "torch":
-        return True
-    if _LIBRARY == "avx512bf16":
-        return _long_in_bf16(gy)
-    if gy.dtype in _WIDE:
-        return True
     (m, n), k = gy.shape, weight.shape[1]
-    return not _ours_in_16_bits(gy.dtype, m, n, k)
+    return _ahead_for_gx(gy.dtype, m, n, k)
 
 
 def torch_is_faster_for_gweight(gy: Tensor, x: Tensor) -> bool:
@@ -132,14 +166,8 @@ def torch_is_faster_for_gweight(gy: Tensor, x: Tensor) -> bool:
         return False
     if _backend.on_device(gy):
         return _on_device("plain", gy.mT, x.mT)
-    if CHOICE == "torch":
-        return True
-    if _LIBRARY == "avx512bf16":
-        return _long_in_bf16(gy)
     (m, n), k = gy.shape, x.shape[1]
-    if gy.dtype in _WIDE:
-        return not (m <= 128 and n * k >= 1 << 23)
-    return not _ours_in_16_bits(gy.dtype, m, n, k)
+    return _ahead_for_gweight(gy.dtype, m, n, k)
 
 
 def torch_is_faster_for_vjp(

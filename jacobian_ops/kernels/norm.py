@@ -16,66 +16,72 @@ import math
 from torch import Tensor
 
 from .. import _backend
-from ._arguments import arrays_too, check_dtype, check_same, operands, result_like
+from ._arguments import arrays_too, check_dtype, check_same, result_like
+
+_OF_ROW = ("weight", "bias", "tweight", "tbias")  # of the shape of a row; others are like x
+_NORM, _VJP = ("x", "residual", "weight", "bias"), ("x", "weight", "gy", "gsum")
 
 
-def _run(op, kernel, x, dims, eps, centred, along, of_column, order, results, kinds=0, unwanted=0):
+def _run(op, kernel, names, tensors, dims, eps, centred, results, kinds=0, unwanted=0):
     """Check and run a kernel.
 
     Args:
         op: For messages.
         kernel: A name of ``csrc/bindings.cpp``.
-        x: The input.
+        names: Of the tensors, as the kernel takes them; the first one is the input.
+        tensors: Those tensors; None for one that is absent.
         dims: How many of the last dimensions are a row.
         eps: Added to the variance.
         centred: Whether the mean is subtracted.
-        along: Other tensors of the shape of ``x``, or None, by name.
-        of_column: Tensors of the shape of a row, or None, by name.
-        order: The names of all of them as the kernel takes them; None for one that is absent.
-        results: How many tensors like ``x`` come out.
+        results: How many tensors like the input come out.
         kinds: How many sums over the rows come out, in one tensor.
         unwanted: How many outputs after these the kernel is to leave out.
     """
+    x = tensors[0]
     check_dtype(op, "x", x)
     if not 1 <= dims <= x.dim():
         raise RuntimeError(f"{op}: dims is {dims}; allowed: 1 to {x.dim()}, the dimensions of x")
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}; it must be at least 0")
-    shape = x.shape[-dims:]
-    ready = {None: None}
-    for name, t in of_column.items():
-        if t is not None:
+    shape = x.shape
+    row = shape[-dims:]
+    held, buffers = [], []  # what is copied is held until the kernel has run
+    for name, t in zip(names, tensors, strict=True):
+        if t is None:
+            buffers.append(None)
+            continue
+        wanted = row if name in _OF_ROW else shape
+        if t is not x:
             check_same(op, "x", x, name, t)
-            if t.shape != shape:
-                raise RuntimeError(
-                    f"{op}: {name} has shape {list(t.shape)}; it must be that of a row, "
-                    f"{list(shape)}"
-                )
+            if t.shape != wanted:
+                raise _mismatch(op, name, t, wanted, name in _OF_ROW)
+        if not t.is_contiguous() or t.is_neg():
             t = t.resolve_neg().contiguous()
-        ready[name] = t
-    x, *others = operands(op, ("x", *along), (x, *along.values()), row_major=True)
-    ready |= {"x": x, **dict(zip(along, others, strict=True))}
-    out = [result_like(x) for _ in range(results)]
-    n = math.prod(shape)
-    rows = math.prod(x.shape[:-dims])
+            held.append(t)
+        buffers.append(_backend.buffer(t))
+    out = [result_like(x, row_major=True) for _ in range(results)]
+    n = math.prod(row)
+    size = x.numel()
+    rows = size // n if size else 0
     if kinds:
-        out.append(x.new_empty((kinds, *shape)))
-    if x.numel():
-        _backend.run(
-            op,
-            "x",
-            x,
-            kernel,
-            (eps, centred),
-            (rows, n, 1, 1.0),
-            *(None if ready[k] is None else _backend.buffer(ready[k]) for k in order),
-            *map(_backend.buffer, out),
-            *(None,) * unwanted,
-            sums=(kinds, rows, n, 1.0) if kinds else None,
-        )
+        out.append(x.new_empty((kinds, *row)))
+    if size:
+        buffers += map(_backend.buffer, out)
+        buffers += (None,) * unwanted
+        sums = (kinds, rows, n, 1.0) if kinds else None
+        extents = (rows, n, 1, 1.0)
+        _backend.run(op, "x", x, kernel, (eps, centred), extents, *buffers, sums=sums)
     elif kinds:
         out[-1].zero_()
     return tuple(out)
+
+
+def _mismatch(op, name, t, wanted, of_row):
+    what = "it must be that of a row," if of_row else "x has shape"
+    end = "" if of_row else "; they must be the same"
+    return RuntimeError(
+        f"{op}: {name} has shape {list(t.shape)}{';' if of_row else ','} {what} {list(wanted)}{end}"
+    )
 
 
 @arrays_too
@@ -99,9 +105,8 @@ def norm(
         RuntimeError: Shapes, dtypes or devices do not fit.
         ValueError: ``eps`` is negative.
     """
-    columns = {"weight": weight, "bias": bias}
-    order = ("x", None, "weight", "bias")
-    return _run("norm", "norm", x, dims, eps, centred, {}, columns, order, 1, unwanted=1)[0]
+    tensors = x, None, weight, bias
+    return _run("norm", "norm", _NORM, tensors, dims, eps, centred, 1, unwanted=1)[0]
 
 
 @arrays_too
@@ -128,9 +133,8 @@ def add_norm(
     Returns:
         The normalized sum, and the sum.
     """
-    columns, along = {"weight": weight, "bias": bias}, {"residual": residual}
-    order = ("x", "residual", "weight", "bias")
-    return _run("add_norm", "norm", x, dims, eps, centred, along, columns, order, 2)
+    tensors = x, residual, weight, bias
+    return _run("add_norm", "norm", _NORM, tensors, dims, eps, centred, 2)
 
 
 @arrays_too
@@ -149,9 +153,8 @@ def norm_jvp(
 
     ``ty = weight * r * P(tx) + tweight * x^ + tbias``.
     """
-    columns = {"weight": weight, "bias": bias, "tweight": tweight, "tbias": tbias}
-    order = ("x", "weight", "bias", "tx", "tweight", "tbias")
-    return _run("norm_jvp", "norm_jvp", x, dims, eps, centred, {"tx": tx}, columns, order, 2)
+    op, names = "norm_jvp", ("x", "weight", "bias", "tx", "tweight", "tbias")
+    return _run(op, op, names, (x, weight, bias, tx, tweight, tbias), dims, eps, centred, 2)
 
 
 @arrays_too
@@ -163,9 +166,8 @@ def norm_vjp(
     Returns:
         ``gx``, and a tensor (2, row): the sums over rows of ``x^ * gy`` and of ``gy``.
     """
-    columns, along = {"weight": weight}, {"gy": gy}
-    order = ("x", "weight", "gy", None)
-    return _run("norm_vjp", "norm_vjp", x, dims, eps, centred, along, columns, order, 1, 2)
+    tensors = x, weight, gy, None
+    return _run("norm_vjp", "norm_vjp", _VJP, tensors, dims, eps, centred, 1, 2)
 
 
 @arrays_too
@@ -183,9 +185,8 @@ def add_norm_vjp(
     Returns:
         The cotangent of ``x`` and of ``residual``, which is one, and that of weight and bias.
     """
-    columns, along = {"weight": weight}, {"gy": gy, "gsum": gsum}
-    order = ("x", "weight", "gy", "gsum")
-    return _run("add_norm_vjp", "norm_vjp", total, dims, eps, centred, along, columns, order, 1, 2)
+    tensors = total, weight, gy, gsum
+    return _run("add_norm_vjp", "norm_vjp", _VJP, tensors, dims, eps, centred, 1, 2)
 
 
 @arrays_too
@@ -210,7 +211,5 @@ def norm_vjp_jvp(
         ``gx``, ``tgx``, and a tensor (4, row): the cotangents of weight and bias, then their
         tangents, the sums over rows of ``x^ * tgy + gy * r * P(tx)`` and of ``tgy``.
     """
-    columns = {"weight": weight, "tweight": tweight}
-    along = {"gy": gy, "tx": tx, "tgy": tgy}
-    order = ("x", "weight", "gy", "tx", "tweight", "tgy")
-    return _run("norm_vjp_jvp", "norm_vjp_jvp", x, dims, eps, centred, along, columns, order, 2, 4)
+    op, names = "norm_vjp_jvp", ("x", "weight", "gy", "tx", "tweight", "tgy")
+    return _run(op, op, names, (x, weight, gy, tx, tweight, tgy), dims, eps, centred, 2, 4)
