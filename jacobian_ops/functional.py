@@ -980,12 +980,17 @@ def _reduce(losses, target, weight, ignore_index, reduction):
         return losses
     if reduction == "sum":
         return losses.sum()
-    counts = target != ignore_index
     # Where no row counts the mean is nan and its cotangent infinite, which rows must not see.
-    total = losses.masked_fill(~counts, 0).sum()
+    total = losses.masked_fill(target == ignore_index, 0).sum()
+    return total / _denominator(target, weight, ignore_index)
+
+
+def _denominator(target, weight, ignore_index):
+    """What the mean of losses divides by: rows that count, or the weights of their classes."""
+    counts = target != ignore_index
     if weight is None:
-        return total / counts.sum()
-    return total / (weight[target.clamp(0, len(weight) - 1)] * counts).sum()
+        return counts.sum()
+    return (weight[target.clamp(0, len(weight) - 1)] * counts).sum()
 
 
 def _of_probabilities(op, input, target, weight, dim, ignore_index, reduction, smoothing):
@@ -1112,11 +1117,14 @@ def linear_cross_entropy(
     rows, bias = _fit_linear(op, input, linear_weight, linear_bias)
     weight = _class_weight(op, weight, rows.dtype, linear_weight.shape[0])
     target = _classes(op, target, input.shape[:-1])
-    losses = _linear_entropy.linear_cross_entropy(
-        *(rows, linear_weight, target.reshape(-1), bias, weight),
-        *(ignore_index, float(label_smoothing), chunk_size or 0),
-    ).reshape(target.shape)
-    losses = _reduce(losses, target, weight, ignore_index, reduction)
+    args = rows, linear_weight, target.reshape(-1), bias, weight
+    args = *args, ignore_index, float(label_smoothing), chunk_size or 0
+    if reduction == "none":
+        losses = _linear_entropy.linear_cross_entropy(*args).reshape(target.shape)
+    else:
+        losses = _linear_entropy.total_loss(*args)
+        if reduction == "mean":
+            losses = losses / _denominator(target, weight, ignore_index)
     return losses.to(_in_full(rows[:0]).dtype)
 
 

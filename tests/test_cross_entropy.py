@@ -321,6 +321,42 @@ def test_linear_with_all_targets_ignored(ours):
         assert torch.equal(g, torch.zeros_like(g))
 
 
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_made_with_the_loss(dtype, reduction):
+    """Scaled by the first backward pass; made anew by others, and where more is to follow."""
+    x, w, b = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((6, 4), (5, 4), (5,)))
+    target = torch.tensor([0, 4, -100, 2, 2, 1])
+    options = dict(reduction=reduction, label_smoothing=0.1)
+
+    def loss():
+        return J.linear_cross_entropy(x, w, target, b, chunk_size=4, **options)
+
+    native = F.cross_entropy(F.linear(x, w, b), target, **options)
+    y = loss()
+    names, node = [], y.grad_fn
+    while node is not None:
+        names.append(node.name())
+        node = node.next_functions[0][0] if node.next_functions else None
+    assert "LinearCrossEntropyTotalBackward" in names
+    scales = torch.tensor([3.0, -2.0, 0.5], dtype=dtype)
+    for scale in scales[:2]:
+        got = torch.autograd.grad(y, (x, w, b), scale, retain_graph=True)
+        want = torch.autograd.grad(native, (x, w, b), scale, retain_graph=True)
+        close(got, want)
+    got = torch.autograd.grad(loss(), (x, w, b), scales, is_grads_batched=True)
+    want = torch.autograd.grad(native, (x, w, b), scales, is_grads_batched=True, retain_graph=True)
+    close(got, want)
+
+    def second(loss):
+        g = torch.autograd.grad(loss, (x, w, b), create_graph=True)
+        return torch.autograd.grad(sum(t.pow(2).sum() for t in g), (x, w, b))
+
+    close(second(loss()), second(native))
+    with torch.autograd.graph.save_on_cpu():  # hooks decide what is kept
+        assert loss().grad_fn.next_functions[0][0].name() != "LinearCrossEntropyTotalBackward"
+
+
 def test_frozen_parameters_cost_nothing(ours):
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
     target = torch.randint(5, (4,))

@@ -12,7 +12,7 @@ from .. import kernels
 from ..kernels.cross_entropy import losses_like, wide
 from .cross_entropy import cross_entropy_jvp, cross_entropy_vjp_jvp
 from .linear import linear, linear_jvp
-from .rule import Rule, add, by_sample, define
+from .rule import Rule, add, by_sample, define, plain
 
 _ARGUMENTS = "Tensor x, Tensor linear_weight, Tensor target, Tensor? bias, Tensor? weight"
 _CONSTS = "int ignore_index, float smoothing, int chunk"
@@ -206,6 +206,64 @@ class LinearCrossEntropyVjpJvp(_Chunked):
             tgweight = tgweight + dz.mT @ tx
         out = dz @ linear_weight, gweight, dz.sum(0), tgx, tgweight, tdz.sum(0)
         return tuple(t if n else x.new_empty(0) for t, n in zip(out, 2 * list(needs), strict=True))
+
+
+class LinearCrossEntropyTotal(torch.autograd.Function):
+    """The sum of the losses; its gradients are made with it, as a chunk's logits are there then.
+
+    For the plain state. A first backward pass scales them; another one, and one that is to be
+    differentiated, makes them anew.
+    """
+
+    @staticmethod
+    def forward(ctx, x, linear_weight, target, bias, weight, *consts):
+        _refuse(ctx.needs_input_grad[4])
+        arguments = x, linear_weight, target, bias, weight
+        made = kernels.linear_cross_entropy_with_vjp(
+            *arguments, _of_first(ctx.needs_input_grad), *consts
+        )
+        losses, *ctx.gradients = made
+        ctx.consts = consts
+        ctx.save_for_backward(*arguments)
+        return losses.masked_fill_(target == consts[0], 0).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        arguments, made = ctx.saved_tensors, ctx.gradients
+        ctx.gradients = None
+        counts = arguments[2] != ctx.consts[0]
+        if made is not None and plain((g,)) and not torch.is_grad_enabled():
+            g = g.masked_fill(~counts.any(), 0)  # infinite for the mean of nothing
+            gradients = (t.mul_(g) for t in made)
+        else:
+            rows = g.expand(counts.shape).masked_fill(~counts, 0)
+            needs = _of_first(ctx.needs_input_grad)
+            gradients = linear_cross_entropy_vjp(*arguments, rows, needs, *ctx.consts)
+        return _gradients(ctx.needs_input_grad, *gradients, *(None for _ in ctx.consts))
+
+
+_total = super(torch.autograd.Function, LinearCrossEntropyTotal).apply
+
+
+def total_loss(*args):
+    """The sum of the losses of the rows that count.
+
+    With its gradients, where a backward pass may follow and nothing else: not where hooks decide
+    what is kept for it, nor in 16 bits, where a sum over all rows might overflow before it is
+    scaled.
+    """
+    tensors = x, _, target, *_ = args[:5]
+    if (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and x.dtype in (torch.float32, torch.float64)
+        and plain(tensors)
+        and any(t is not None and t.requires_grad for t in tensors)
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    ):
+        return _total(*args)
+    losses = linear_cross_entropy(*args)
+    return losses.masked_fill(target == args[5], 0).sum()
 
 
 linear_cross_entropy = define(LinearCrossEntropy)

@@ -47,6 +47,7 @@ from .linear_cross_entropy import (
     linear_cross_entropy_jvp,
     linear_cross_entropy_vjp,
     linear_cross_entropy_vjp_jvp,
+    linear_cross_entropy_with_vjp,
 )
 from .norm import add_norm, add_norm_vjp, norm, norm_jvp, norm_vjp, norm_vjp_jvp
 from .rotary import rotary
@@ -111,6 +112,7 @@ __all__ = [
     "linear_cross_entropy_jvp",
     "linear_cross_entropy_vjp",
     "linear_cross_entropy_vjp_jvp",
+    "linear_cross_entropy_with_vjp",
     "linear_jvp",
     "linear_vjp",
     "log_softmax",

@@ -26,7 +26,7 @@ from .cross_entropy import (
 from .linear import linear
 
 # Bytes of a chunk's logits: of what the last cache of a processor holds, or what fills a GPU.
-_BYTES, _DEVICE_BYTES = 16 << 20, 256 << 20
+_BYTES, _DEVICE_BYTES = 32 << 20, 256 << 20
 _LINES = 32  # rows that a matrix product takes together
 
 
@@ -166,6 +166,35 @@ def linear_cross_entropy(
         z = of.logits(part, room)
         losses[part] = cross_entropy(z, target[part], weight, 1, *loss)
     return losses
+
+
+@arrays_too
+@_gemm.as_they_are()
+def linear_cross_entropy_with_vjp(
+    x: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    ignore_index: int = -100,
+    smoothing: float = 0.0,
+    chunk: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`linear_cross_entropy` and the gradients of the losses' sum, with one product less."""
+    consts = ignore_index, smoothing, chunk
+    op = "linear_cross_entropy_with_vjp"
+    of = _Chunks(op, x, linear_weight, target, bias, weight, consts)
+    gradients, room = _Gradients(of, needs), of.room()
+    losses = x.new_empty(len(x), dtype=wide(x.dtype))
+    one = torch.ones_like(losses)
+    (weight, loss) = of.rest
+    for part in of:
+        z = of.logits(part, room)
+        losses[part] = cross_entropy(z, target[part], weight, 1, *loss)
+        dz = cross_entropy_vjp(z, target[part], weight, one[part], 1, *loss, out=z)
+        gradients.add(part, dz, x[part], linear_weight)
+    return losses, *gradients.done()
 
 
 @arrays_too
