@@ -609,3 +609,4 @@ ALIKE = {
 NESTED = [c for c in OPS if c.name not in ALIKE]
 # Those of which some calls go to torch, as installed.
 ROUTED = [c for c in POINTWISE if c.name in KINDS] + SOFTMAX + LINEAR
+ROUTED += [c for c in NORM if c.name.startswith("layer_norm")]
