@@ -111,6 +111,13 @@ def _ahead_at_all(choice, dtype: torch.dtype, m: int, k: int, n: int, recording:
     )
 
 
+def torch_is_faster_for_attention(q: Tensor) -> bool:
+    """For attention's products in its forward pass."""
+    if q.dtype is not torch.bfloat16 or not q.is_cpu or _backend.on_device(q):
+        return False
+    return CHOICE == "torch" or (CHOICE == "auto" and _LIBRARY == "amx")
+
+
 def _torch_serves(*matrices: Tensor | None) -> bool:
     """Whether torch's product takes these matrices at all, and may be chosen."""
     if CHOICE == "own":

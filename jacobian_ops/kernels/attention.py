@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
+from . import _gemm
 from ._arguments import arrays_too, check_dtype, check_same, check_seed, name_of, seed_tensor
 
 
@@ -167,6 +168,27 @@ class _Call:
         return math.prod(self.rows) == 0
 
 
+def _torch_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's kernel is to run, whose products use AMX; in a VJP ours is ahead."""
+    return (
+        _gemm.torch_is_faster_for_attention(q)
+        and q.dim() == 4
+        and q.shape[:2] == k.shape[:2]
+        and q.shape[-1] == v.shape[-1] > 0
+        and k.shape[-2] > 0
+        and all(t.stride(-1) == 1 and not t.is_neg() for t in (q, k, v))
+    )
+
+
+def _by_torch(q, k, v, scale, causal):
+    with _gemm.as_they_are():
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+            q, k, v, 0.0, causal, scale=scale
+        )
+        result = laid_out_as(q, o.shape)
+        return (o if o.stride() == result.stride() else result.copy_(o)), lse.contiguous()
+
+
 @arrays_too
 def attention(
     q: Tensor,
@@ -201,6 +223,8 @@ def attention(
         ValueError: ``p`` is outside [0, 1], or ``scale`` not finite.
     """
     call = _Call("attention", q, k, v, keep, bias, seed, scale, causal, p)
+    if keep is bias is None and not p and not call.empty and _torch_is_faster(q, k, v):
+        return _by_torch(q, k, v, scale, causal)
     (o, o_), (lse, lse_) = call.result(q, result_shape(q, v)), call.statistics()
     if not call.empty:
         call.run(o_, lse_)
