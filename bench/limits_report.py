@@ -157,6 +157,25 @@ REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
         "MKL runs in eager, in torch.compile and, in most of these shapes, here: 1.2x more takes a "
         "product at 85 % of the peak or above, which neither MKL nor ours reaches",
     ),
+    (
+        ("linear_cross_entropy",),
+        "three products of the logits' size, and the logits' passes between them, on both sides: "
+        "MKL's products, which run in chunks of rows here",
+    ),
+    (
+        ("cross_entropy",),
+        _LARGER + "an exponential a number in a second visit of a block, beside one read",
+    ),
+    (
+        ("attention", "bfloat16"),
+        "torch's kernel, on AMX tiles, runs the forward on both sides; what else is ours computes "
+        "in float32, where eager's products are AMX's too",
+    ),
+    (
+        ("attention",),
+        "of one thread's forward 63 % are products, at 70 % of the peak, and 26 % exponentials (a "
+        "profile); on this processor torch's own products are as fast",
+    ),
     (("linear_act_dropout",), "the products are as fast as MKL's, which eager runs"),
     (
         ("softmax_dropout",),
