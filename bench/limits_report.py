@@ -164,7 +164,8 @@ REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("cross_entropy",),
-        _LARGER + "an exponential a number in a second visit of a block, beside one read",
+        _LARGER + "an exponential a number, at the same speed from a cache as from memory; a plain "
+        "sum of the logits takes three quarters of the forward's time",
     ),
     (
         ("attention", "bfloat16"),
