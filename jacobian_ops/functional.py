@@ -126,6 +126,7 @@ def _ordinary(t: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and _dense(t)
+        and not _C._are_functorch_transforms_active()
         and forward_ad._current_level < 0  # a dual number looks like any other
         # Modes and traces see the same op whatever the size.
         and not _C._len_torch_function_stack()
@@ -700,9 +701,9 @@ def layer_norm(
             ``weight`` or ``bias`` has another shape or dtype.
         ValueError: ``eps`` is negative.
     """
-    if _tiny(input, "layer_norm") and eps >= 0:
-        shape = (normalized_shape,) if type(normalized_shape) is int else tuple(normalized_shape)
-        if shape and input.numel() and _like(weight, input, shape) and _like(bias, input, shape):
+    if _tiny(input, "layer_norm") and input.dtype in _FULL and eps >= 0 and input.numel():
+        shape = _row_shape(normalized_shape)
+        if shape and _like(weight, input, shape) and _like(bias, input, shape):
             return _norms.native_layer_norm(input, weight, bias, shape, eps)
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(
@@ -742,6 +743,10 @@ def rms_norm(
     return _norm("rms_norm", input, normalized_shape, weight, None, eps, centred=False)
 
 
+def _row_shape(normalized_shape) -> tuple:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
 def _like(t, input, shape):
     """Whether ``t`` is absent, or an ordinary tensor of the last dimensions of ``input``."""
     if input.shape[-len(shape) :] != shape:
@@ -766,7 +771,7 @@ def _norm(op, input, normalized_shape, weight, bias, eps, centred, residual=None
         if _is_cast(input) or input.shape != residual.shape or input.dtype != residual.dtype:
             total = input + residual
             return _norm(op, total, normalized_shape, weight, bias, eps, centred), total
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = _row_shape(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise RuntimeError(
             f"{op}: normalized_shape is {list(shape)}; allowed: one or more of the last dimensions "
@@ -1046,8 +1051,10 @@ def linear_cross_entropy(
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without all the logits.
 
     Rows are taken in chunks: their logits are made, used and overwritten by their gradient.  So it
-    is in the forward and in every derivative but the third, and forward over forward.  The gradient
-    makes the logits anew.  Probabilities are as large as the logits would be, and taken at once.
+    is in the forward and in every derivative but the third, and forward over forward.  In 32 bits
+    and more the forward of a sum or mean makes the gradients too, where nothing but a backward pass
+    can follow, and keeps them for it; else the gradient makes the logits anew.  Probabilities are
+    as large as the logits would be, and taken at once.
 
     Args:
         input: (K) or (*, K).
@@ -1396,6 +1403,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """``dropout(softmax(scale * q k^T + mask)) v`` in tiles, with every derivative.
 
+    In bfloat16 the forward is torch's on Intel processors with AMX, which rounds the weights too.
+
     The matrix of scores is never stored, neither here nor in the VJP, the JVP and the derivatives
     of those, but for the gradient of a float mask and the second derivative in forward mode with
     dropout; third derivatives run in elementary ops.  Keeps the arguments, the result, a number
@@ -1561,6 +1570,8 @@ def _left_to_torch(input, weight, bias) -> bool:
         return False
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return False
+    if input.dim() > 2 and not input.is_contiguous():  # there it adds the bias to rounded products
+        return False
     if bias is not None and not (
         _dense(bias) and bias.dtype is weight.dtype and bias.shape == weight.shape[:1]
     ):
@@ -1593,6 +1604,9 @@ def linear_act_dropout(
 ) -> Tensor:
     """``residual + dropout(activation(x W^T + b), p)`` as one GEMM, with the rest on its tiles.
 
+    In 32 bits and more, without dropout and residual, it is :func:`linear` and then the activation
+    where torch's product is the faster one, or the tensors are small.
+
     Keeps ``x``, ``W``, the seed and either ``z = x W^T + b`` or, for relu, sigmoid and tanh without
     dropout and residual, the result; for the identity neither.
 
@@ -1622,7 +1636,9 @@ def linear_act_dropout(
         return handle_torch_function(linear_act_dropout, (*tensors, residual), *tensors, **extra)
     check_p(op, p)
     f = resolve(op, activation)
-    if (p == 0.0 or not training) and residual is None and _left_to_torch(input, weight, bias):
+    alone = (p == 0.0 or not training) and residual is None
+    # Not in 16 bits, where what the activation takes would be rounded.
+    if alone and _left_to_torch(input, weight, bias) and input.dtype in _FULL:
         return _activate(f, activation, F.linear(input, weight, bias))
     _check_linear(op, weight, bias)
     if residual is not None:
@@ -1769,6 +1785,7 @@ def _is_cast(t):
 
 
 _HALVES = (torch.bfloat16, torch.float16)
+_FULL = (torch.float32, torch.float64)
 
 
 def _low_precision(*tensors):

@@ -466,6 +466,16 @@ def test_weight_of_classes_has_no_derivative(ours):
         loss.backward()
 
 
+def test_weight_of_classes_that_requires_grad():
+    """Only a derivative by it is refused."""
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    target, weight = torch.randint(5, (4,)), torch.rand(5) + 0.5
+    loss = J.linear_cross_entropy(x, w, target, weight=weight.clone().requires_grad_())
+    close(loss, F.cross_entropy(x @ w.T, target, weight=weight))
+    with pytest.raises(NotImplementedError, match="^linear_cross_entropy: weight has no"):
+        loss.backward()
+
+
 def test_rows_of_one_class(ours):
     """The loss of a single class is 0, whatever its logit."""
     x = torch.randn(3, 1, requires_grad=True)

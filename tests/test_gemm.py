@@ -50,6 +50,18 @@ def test_linear_is_the_native_op_where_all_its_products_are(choice):
             J.linear_act_dropout(x, wrong, b, "tanh")
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_results_of_16_bits_are_rounded_once(choice, dtype):
+    """Also where the native op adds the bias to a rounded product: rows that lie apart."""
+    x = torch.randn(9, 4, 64).to(dtype).transpose(0, 1)
+    w, b = (torch.randn(8, 64) / 8).to(dtype), torch.randn(8).to(dtype)
+    z = torch.nn.functional.linear(x.double(), w.double(), b.double())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(J.linear(x, w, b).double(), z, rtol=eps / 2, atol=1e-5)
+    y = J.linear_act_dropout(x.contiguous(), w, b, "tanh")
+    torch.testing.assert_close(y.double(), z.tanh(), rtol=eps / 2, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (64, 33, 40), (3, 0, 2), (0, 4, 2)])

@@ -310,3 +310,31 @@ def test_few_elements_take_native_kernels(monkeypatch):
     ]
     for got, want in zip(batched, map(torch.stack, zip(*rows, strict=True)), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_few_elements_inside_transforms_of_other_arguments(monkeypatch):
+    """A transform is there, though the tensors are ordinary ones."""
+    monkeypatch.setattr(J, "NATIVE_BELOW", 32768)
+    x, z = torch.randn(3, 5), torch.randn(2, 3, 5)
+    y = F.layer_norm(x, (5,))
+
+    def f(z):
+        return (J.layer_norm(x, (5,)) * z).sum()
+
+    torch.testing.assert_close(torch.vmap(f)(z), (y * z).sum((1, 2)))
+    torch.testing.assert_close(torch.func.grad(f)(z[0]), y)
+    torch.testing.assert_close(torch.func.vjp(f, z[0])[1](torch.tensor(1.0))[0], y)
+    torch.testing.assert_close(torch.func.jvp(f, (z[0],), (z[1],))[1], (y * z[1]).sum())
+
+
+def test_16_bits_keep_statistics_in_32(monkeypatch):
+    """Native kernels round them, so they do not stand in for ours there."""
+    monkeypatch.setattr(J, "NATIVE_BELOW", 32768)
+    x = (torch.randn(8, 64) + 100).bfloat16().requires_grad_()
+    weight = torch.randn(64).bfloat16().requires_grad_()
+    gy = torch.randn(8, 64).bfloat16()
+    got = torch.autograd.grad(J.layer_norm(x, (64,), weight), (x, weight), gy)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    want = torch.autograd.grad(F.layer_norm(exact[0], (64,), exact[1]), exact, gy.double())
+    for g, w in zip(got, want, strict=True):
+        assert (g.double() - w).abs().max() < 2**-8 * w.abs().max()

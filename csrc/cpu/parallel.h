@@ -21,9 +21,9 @@ inline int useful_threads(std::int64_t elements, int threads) {
   return useful < threads ? static_cast<int>(useful) : threads;
 }
 
-// While it lives, results of this thread that are too small for a normal number become zeros; tiny
-// numbers that are only read or moved stay. Intermediates of exponentials often are so small, and
-// cost x86 processors more than a hundred cycles a vector.
+// While it lives, results of this thread's arithmetic that are too small for a normal number become
+// zeros; tiny numbers that are only read, compared or moved stay. Intermediates of exponentials
+// often are so small, and cost x86 processors more than a hundred cycles a vector.
 class FlushesTinyResults {
 #if defined(__SSE__)
  public:

@@ -217,7 +217,6 @@ class LinearCrossEntropyTotal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, linear_weight, target, bias, weight, *consts):
-        _refuse(ctx.needs_input_grad[4])
         arguments = x, linear_weight, target, bias, weight
         made = kernels.linear_cross_entropy_with_vjp(
             *arguments, _of_first(ctx.needs_input_grad), *consts
@@ -252,13 +251,14 @@ def total_loss(*args):
     what is kept for it, nor in 16 bits, where a sum over all rows might overflow before it is
     scaled.
     """
-    tensors = x, _, target, *_ = args[:5]
+    tensors = x, _, target, _, weight = args[:5]
     if (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
         and x.dtype in (torch.float32, torch.float64)
         and plain(tensors)
         and any(t is not None and t.requires_grad for t in tensors)
+        and not (weight is not None and weight.requires_grad)  # refused if it is differentiated
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     ):
         return _total(*args)

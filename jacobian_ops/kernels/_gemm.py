@@ -101,11 +101,11 @@ def torch_is_faster_at_all(x: Tensor, weight: Tensor, recording: bool) -> bool:
     if _backend.on_device(x) or not (x.numel() and _torch_serves(weight)):
         return False
     n, k = weight.shape
-    return _ahead_at_all(CHOICE, x.dtype, x.numel() // k, k, n, recording)
+    return _ahead_at_all((CHOICE, _LIBRARY), x.dtype, x.numel() // k, k, n, recording)
 
 
 @functools.lru_cache(maxsize=1024)
-def _ahead_at_all(choice, dtype: torch.dtype, m: int, k: int, n: int, recording: bool) -> bool:
+def _ahead_at_all(setting, dtype: torch.dtype, m: int, k: int, n: int, recording: bool) -> bool:
     return _ahead_for_y(dtype, m, k, n) and (
         not recording or (_ahead_for_gx(dtype, m, n, k) and _ahead_for_gweight(dtype, m, n, k))
     )

@@ -51,10 +51,9 @@ def _run(op, kernel, names, tensors, dims, eps, centred, results, kinds=0, unwan
             buffers.append(None)
             continue
         wanted = row if name in _OF_ROW else shape
-        if t is not x:
-            check_same(op, "x", x, name, t)
-            if t.shape != wanted:
-                raise _mismatch(op, name, t, wanted, name in _OF_ROW)
+        check_same(op, "x", x, name, t)
+        if t.shape != wanted:
+            raise _mismatch(op, name, t, wanted, name in _OF_ROW)
         if not t.is_contiguous() or t.is_neg():
             t = t.resolve_neg().contiguous()
             held.append(t)
@@ -77,10 +76,11 @@ def _run(op, kernel, names, tensors, dims, eps, centred, results, kinds=0, unwan
 
 
 def _mismatch(op, name, t, wanted, of_row):
-    what = "it must be that of a row," if of_row else "x has shape"
-    end = "" if of_row else "; they must be the same"
+    found, wanted = list(t.shape), list(wanted)
+    if of_row:
+        return RuntimeError(f"{op}: {name} has shape {found}; it must be that of a row, {wanted}")
     return RuntimeError(
-        f"{op}: {name} has shape {list(t.shape)}{';' if of_row else ','} {what} {list(wanted)}{end}"
+        f"{op}: {name} has shape {found}, x has shape {wanted}; they must be the same"
     )
 
 
