@@ -61,6 +61,37 @@ def test_one_line_from_its_processes_to_its_files(tmp_path, capsys):
     assert main(["limits", "--read", str(files[0])]) == status
 
 
+class Session:
+    """Stands for the processes of a run: results at once, and a user who interrupts it."""
+
+    def __init__(self, threads, compiled, numbers):
+        self.left = 1
+
+    def __call__(self, number, seconds):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return dataclasses.replace(RESULT, op=LINES[number].case.op)
+
+    def close(self):
+        self.left = None
+
+
+def test_an_interrupted_run_reports_what_it_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(limits, "Session", Session)
+    path = tmp_path / "limits.json"
+    main(["limits", "--only", "gelu", "--skip", "linear_act_dropout", "--json", str(path)])
+    assert "interrupted after 1 lines" in capsys.readouterr().out
+    assert [r["op"] for r in json.loads(path.read_text())["lines"]] == ["gelu"]
+
+
+def test_skipped_lines(monkeypatch, capsys):
+    monkeypatch.setattr(limits, "Session", Session)
+    with pytest.raises(SystemExit):
+        main(["limits", "--only", "mish", "--skip", "float32"])  # nothing is left
+    assert "no such line" in capsys.readouterr().err
+
+
 def test_processes_have_their_own_memory_settings(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "5")
     monkeypatch.setenv("JACOBIAN_OPS_RETAIN_HOST_MEMORY", "1")
