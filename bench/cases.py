@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class Case:
     random: bool = False
     prepared: dict[str, dict[str, Callable]] = field(default_factory=dict)
     quick: bool = False
+    deviation: float = 1.0  # of the inputs
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -50,6 +51,7 @@ class Case:
         return self.shapes[0]
 
 
+SATURATED = 40.0
 DROPOUTS = {"jacobian_ops": J.dropout, "eager": F.dropout}
 
 
@@ -119,6 +121,12 @@ def activation(name: str, shape, quick: bool = False, **params) -> Case:
         prepared=prepared,
         quick=quick,
     )
+
+
+def saturated(case: Case) -> Case:
+    """The case with inputs whose exponentials are often too small for a normal number."""
+    label = f"{case.label}, deviation {SATURATED:g}"
+    return replace(case, label=label, deviation=SATURATED)
 
 
 def softmax(name: str, shape, dim: int = -1, quick: bool = False) -> Case:

@@ -82,6 +82,7 @@ def random_tensors(case: Case, dtype: torch.dtype, device: torch.device):
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
     inputs, tangents = (tuple(map(random, case.shapes)) for _ in range(2))
+    inputs = tuple(case.deviation * x for x in inputs)
     return inputs, tangents, random(case.output_shape)
 
 

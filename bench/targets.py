@@ -17,6 +17,7 @@ from .cases import (
     linear_act_dropout,
     linear_cross_entropy,
     norm,
+    saturated,
     softmax,
     softmax_dropout,
 )
@@ -74,7 +75,9 @@ LINES = tuple(
         _lines(softmax("softmax", (8192, 1024), dim=0), 4, 3, 5),
         _lines(softmax("softmax", (64, 512, 256), dim=1), 2.2, 2, 5),
         _lines(softmax("softmax", (8192, 1024)), 2, 1.6, 5, torch.bfloat16),
+        _lines(saturated(softmax("softmax", (8192, 1024))), 2, 1.6, 5),
         *(_lines(activation(name, LARGE), *targets) for name, targets in ACTIVATIONS.items()),
+        _lines(saturated(activation("gelu", LARGE)), *ACTIVATIONS["gelu"]),
         _lines(activation("gelu", LARGE, approximate="tanh"), 4, 3.5, 5),
         *(_lines(activation(name, LARGE), 1, 1.3, 2) for name in CHEAP),
         *(_lines(activation(name, LARGE), 1, 1.3, 2) for name in EXPONENTIAL),
