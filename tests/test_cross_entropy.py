@@ -344,6 +344,8 @@ def test_gradients_made_with_the_loss(dtype, reduction):
         got = torch.autograd.grad(y, (x, w, b), scale, retain_graph=True)
         want = torch.autograd.grad(native, (x, w, b), scale, retain_graph=True)
         close(got, want)
+    again = torch.autograd.grad(y, (x, w, b), scale)
+    assert all(map(torch.equal, again, got))  # made anew to the same bits
     got = torch.autograd.grad(loss(), (x, w, b), scales, is_grads_batched=True)
     want = torch.autograd.grad(native, (x, w, b), scales, is_grads_batched=True, retain_graph=True)
     close(got, want)

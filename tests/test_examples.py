@@ -11,6 +11,7 @@ import torch
 from examples import hvp, meanflow
 from examples.digits.__main__ import CURVES_AGREE, PRODUCTS_AGREE, check, main
 from examples.digits.compare import PROVIDERS, Product, Run
+from jacobian_ops import functional
 
 pytestmark = pytest.mark.cpu_only
 
@@ -37,7 +38,9 @@ def test_demo(tmp_path, capsys):
             assert 0.3 <= side["accuracy"] <= 1 and side["step_seconds"] > 0
             assert side["saved_bytes"] > 0
     plain, dropped = record["training"]
-    assert 0 < plain["curve_difference"] < CURVES_AGREE  # two implementations, one curve
+    assert plain["curve_difference"] < CURVES_AGREE  # two implementations, one curve
+    if functional.NATIVE_BELOW == 0:  # else a model this small may be native throughout
+        assert plain["curve_difference"] > 0
     assert plain["native"]["accuracy"] == pytest.approx(plain["jacobian_ops"]["accuracy"], abs=0.01)
     assert dropped["native"]["losses"][0] != dropped["jacobian_ops"]["losses"][0]  # other masks
     assert dropped["jacobian_ops"]["saved_bytes"] < dropped["native"]["saved_bytes"]

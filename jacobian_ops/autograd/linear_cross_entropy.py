@@ -211,34 +211,39 @@ class LinearCrossEntropyVjpJvp(_Chunked):
 class LinearCrossEntropyTotal(torch.autograd.Function):
     """The sum of the losses; its gradients are made with it, as a chunk's logits are there then.
 
-    For the plain state. A first backward pass scales them; another one, and one that is to be
-    differentiated, makes them anew.
+    For the plain state.  A backward pass scales them in place, so that another one makes them anew,
+    to the same bits; one that is to be differentiated runs the op for that.
     """
 
     @staticmethod
     def forward(ctx, x, linear_weight, target, bias, weight, *consts):
         arguments = x, linear_weight, target, bias, weight
-        made = kernels.linear_cross_entropy_with_vjp(
-            *arguments, _of_first(ctx.needs_input_grad), *consts
-        )
-        losses, *ctx.gradients = made
+        losses, *ctx.gradients = LinearCrossEntropyTotal.made(ctx, arguments, consts)
         ctx.consts = consts
         ctx.save_for_backward(*arguments)
         return losses.masked_fill_(target == consts[0], 0).sum()
 
     @staticmethod
     def backward(ctx, g):
-        arguments, made = ctx.saved_tensors, ctx.gradients
+        arguments, gradients = ctx.saved_tensors, ctx.gradients
         ctx.gradients = None
         counts = arguments[2] != ctx.consts[0]
-        if made is not None and plain((g,)) and not torch.is_grad_enabled():
+        if plain((g,)) and not torch.is_grad_enabled():
+            if gradients is None:
+                _, *gradients = LinearCrossEntropyTotal.made(ctx, arguments, ctx.consts)
             g = g.masked_fill(~counts.any(), 0)  # infinite for the mean of nothing
-            gradients = (t.mul_(g) for t in made)
+            gradients = (t.mul_(g) for t in gradients)
         else:
             rows = g.expand(counts.shape).masked_fill(~counts, 0)
             needs = _of_first(ctx.needs_input_grad)
             gradients = linear_cross_entropy_vjp(*arguments, rows, needs, *ctx.consts)
         return _gradients(ctx.needs_input_grad, *gradients, *(None for _ in ctx.consts))
+
+    @staticmethod
+    def made(ctx, arguments, consts):
+        """The losses, and the gradients of their sum."""
+        needs = _of_first(ctx.needs_input_grad)
+        return kernels.linear_cross_entropy_with_vjp(*arguments, needs, *consts)
 
 
 _total = super(torch.autograd.Function, LinearCrossEntropyTotal).apply
