@@ -118,7 +118,12 @@ def _tiny(t: Tensor, op: str = "") -> bool:
 
     What the native op refuses is said better by the way of the others, so callers go on then.
     """
-    return type(t) in _PLAIN_TYPES and t.numel() < NATIVE_BELOW * _times(op, t) and _ordinary(t)
+    return (
+        not torch.compiler.is_compiling()  # first: Dynamo cannot follow the rest
+        and type(t) in _PLAIN_TYPES
+        and t.numel() < NATIVE_BELOW * _times(op, t)
+        and _ordinary(t)
+    )
 
 
 def _ordinary(t: Tensor) -> bool:
