@@ -76,13 +76,13 @@ def random_tensors(case: Case, dtype: torch.dtype, device: torch.device):
     """Inputs, a tangent for each, and a cotangent; the same for every provider."""
     generator = torch.Generator(device).manual_seed(SEED)
 
-    def random(shape):
+    def random(shape, deviation=1.0):
         # Of variance 1/K for the weights, so that results stay near one.
-        scale = shape[-1] ** -0.5 if len(shape) == 2 and case.op.startswith("linear") else 1.0
+        scale = shape[-1] ** -0.5 if len(shape) == 2 and case.op.startswith("linear") else deviation
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
-    inputs, tangents = (tuple(map(random, case.shapes)) for _ in range(2))
-    inputs = tuple(case.deviation * x for x in inputs)
+    inputs = tuple(random(shape, case.deviation) for shape in case.shapes)
+    tangents = tuple(map(random, case.shapes))
     return inputs, tangents, random(case.output_shape)
 
 

@@ -321,10 +321,7 @@ def _function(rule, base, forward, tensors):
         consts = ctx.consts
         gradients = (None,) * tensors
         if any(g is not None for g in gy):
-            if _C._is_any_autocast_enabled():
-                with _autocast_off():
-                    gradients = rule.vjp(ctx.saved_tensors, consts, ctx.needs_input_grad, *gy)
-            else:
+            with _autocast_off():
                 gradients = rule.vjp(ctx.saved_tensors, consts, ctx.needs_input_grad, *gy)
         return (*gradients, *(None,) * len(consts))
 

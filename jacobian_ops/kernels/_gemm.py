@@ -67,33 +67,26 @@ def _long_in_bf16(dtype: torch.dtype, m: int) -> bool:
 # Whether torch's library is ahead where it may be chosen, for m rows of K numbers that become N.
 
 
-def _ahead_for_y(dtype: torch.dtype, m: int, k: int, n: int) -> bool:
+def _ahead(dtype: torch.dtype, m: int, k: int, n: int, wide: bool) -> bool:
+    """``wide`` says it for 32 bits and more."""
     if CHOICE == "torch":
         return True
     if _LIBRARY == "avx512bf16":
         return _long_in_bf16(dtype, m)
-    if dtype in _WIDE:
-        few = 16 if dtype is torch.float32 else 8
-        return not (k <= 256 and m >= 4096 or 2 <= m <= few and k >= 1024)
-    return not _ours_in_16_bits(dtype, m, k, n)
+    return wide if dtype in _WIDE else not _ours_in_16_bits(dtype, m, k, n)
+
+
+def _ahead_for_y(dtype: torch.dtype, m: int, k: int, n: int) -> bool:
+    few = 16 if dtype is torch.float32 else 8
+    return _ahead(dtype, m, k, n, not (k <= 256 and m >= 4096 or 2 <= m <= few and k >= 1024))
 
 
 def _ahead_for_gx(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
-    if CHOICE == "torch":
-        return True
-    if _LIBRARY == "avx512bf16":
-        return _long_in_bf16(dtype, m)
-    return dtype in _WIDE or not _ours_in_16_bits(dtype, m, n, k)
+    return _ahead(dtype, m, k, n, True)
 
 
 def _ahead_for_gweight(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
-    if CHOICE == "torch":
-        return True
-    if _LIBRARY == "avx512bf16":
-        return _long_in_bf16(dtype, m)
-    if dtype in _WIDE:
-        return not (m <= 128 and n * k >= 1 << 23)
-    return not _ours_in_16_bits(dtype, m, n, k)
+    return _ahead(dtype, m, k, n, not (m <= 128 and n * k >= 1 << 23))
 
 
 def torch_is_faster_at_all(x: Tensor, weight: Tensor, recording: bool) -> bool:
